@@ -1,0 +1,142 @@
+"""What one run of an agent on one task leaves behind.
+
+These records are the contract between the rooms: the server writes calls, the runner writes spans, rewards and the outcome,
+credit and the trainer only read. They are frozen; what changes over time is which records exist.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+from msgspec import Struct, field
+
+
+class Outcome(StrEnum):
+    """How an episode ended. A failure is not a zero reward: the recipe says what each outcome means."""
+
+    COMPLETED = "completed"
+    AGENT_ERROR = "agent_error"
+    TIMEOUT = "timeout"
+    INFRASTRUCTURE_ERROR = "infrastructure_error"
+    CANCELLED = "cancelled"
+
+
+class Task(Struct, frozen=True, kw_only=True):
+    """One input for the agent."""
+
+    id: str
+    input: dict[str, Any]
+    """What the agent sees, plus whatever the reward function needs (the runner hides nothing from it)."""
+
+
+class Sampling(Struct, frozen=True, kw_only=True):
+    """What the recipe imposes on every call of an episode; None leaves the agent's own value."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    max_tokens: int | None = None
+    """Upper bound on sampled tokens per call; an agent may ask for fewer."""
+    seed: int | None = None
+    """Seed of the episode; call i samples with a seed derived from (seed, i)."""
+
+
+class EpisodeStart(Struct, frozen=True, kw_only=True):
+    """Everything known about an episode before its agent starts."""
+
+    id: str
+    """Unique in the store, safe in a URL path, derived from (phase, step, task, sample, attempt)."""
+    task: Task
+    phase: str
+    """`train`, or `eval-<label>` (`eval-base`, `eval-warm_start`, `eval-final`, …)."""
+    step: int = 0
+    sample: int = 0
+    attempt: int = 0
+    group: str = ""
+    """Episodes of one task under one policy share a group: the baseline's scope."""
+    sampling: Sampling = field(default_factory=Sampling)
+    started_at: float = 0.0
+    """Seconds since the epoch."""
+
+
+class Call(Struct, frozen=True, kw_only=True):
+    """One request to the policy, exactly as the engine saw it."""
+
+    id: str
+    episode_id: str
+    index: int
+    """Order of arrival within the episode, from 0."""
+    model: str
+    prompt_ids: list[int]
+    sampled_ids: list[int]
+    """Ids as sampled, the end-of-turn token included when it was sampled."""
+    logprobs: list[float]
+    """Behaviour log-prob of each sampled id, under the distribution it was drawn from."""
+    versions: list[int]
+    """Policy version that produced each sampled id."""
+    temperature: float
+    """0 means greedy; such calls are never trained on."""
+    finish_reason: str
+    """`stop`, `length`, `tool_calls` or `abort`."""
+    parent_id: str | None = None
+    """The call whose prompt + sampled ids this prompt extends token for token, if the server extended one."""
+    span_id: str | None = None
+    experts: bytes | None = None
+    """MoE only: expert ids, int16 [tokens, layers, top_k]."""
+    cached_tokens: int = 0
+    """Prompt tokens served from the prefix tree."""
+    request: dict[str, Any] = field(default_factory=dict)
+    """The request body as received (messages, tools, parameters)."""
+    response: dict[str, Any] = field(default_factory=dict)
+    """The message given back to the agent (content, tool_calls)."""
+    started_at: float = 0.0
+    ended_at: float = 0.0
+
+
+class Span(Struct, frozen=True, kw_only=True):
+    """A node of the agent's own structure, OpenTelemetry-shaped."""
+
+    id: str
+    episode_id: str
+    name: str
+    kind: str
+    """`agent`, `chain` or `tool`."""
+    parent_id: str | None = None
+    started_at: float = 0.0
+    ended_at: float = 0.0
+    attributes: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+    """Traceback or message when the span failed."""
+
+
+class Reward(Struct, frozen=True, kw_only=True):
+    """A number with a name, a time and a place: a span, a call, or (both None) the episode."""
+
+    episode_id: str
+    name: str
+    value: float
+    time: float = 0.0
+    call_id: str | None = None
+    span_id: str | None = None
+
+
+class Episode(Struct, frozen=True, kw_only=True):
+    """An episode as read back from the store."""
+
+    start: EpisodeStart
+    calls: list[Call] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+    rewards: list[Reward] = field(default_factory=list)
+    outcome: Outcome | None = None
+    """None while the agent still runs."""
+    answer: Any = None
+    """What the agent returned, as JSON."""
+    error: str | None = None
+    """Traceback when the outcome is not `completed`."""
+    counted: bool = False
+    """Whether this attempt is the one that counts for its (task, sample)."""
+    ended_at: float = 0.0
+
+    @property
+    def id(self) -> str:
+        return self.start.id

@@ -1,0 +1,219 @@
+"""A small process that has the agents' imports loaded and forks one child per episode: milliseconds instead of seconds.
+
+It is started clean (no `__main__` of the caller, no threads, no torch of the trainer's), so that forking it is safe, and it
+searches modules exactly where its parent does. Every child leads a session of its own; when a child ends or is killed,
+whatever processes it left behind are killed with it. When the parent goes, however it goes, the fork server kills every child
+and goes too; when the fork server is killed, its children die by the kernel's hand.
+
+One socket carries nine-byte commands, `F` or `K` and the key of a child; `F` brings three file descriptors along: the child's
+connection, where its output goes, and the pipe on which its exit code is reported.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import json
+import os
+import selectors
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from lightning_rl.errors import LightningError
+
+COMMAND = struct.Struct("!cQ")
+EXIT_CODE = struct.Struct("!i")
+FORK, KILL = b"F", b"K"
+BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from trainers.fork_server import serve; serve()"
+PR_SET_PDEATHSIG = 1
+STOP_SECONDS = 5.0
+
+
+class ForkServer:
+    """The parent's end. `preload` names the modules to import once; what cannot be imported fails in the child that needs it."""
+
+    def __init__(self, preload: Sequence[str]) -> None:
+        self._preload = list(preload)
+        self._keys = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
+
+    def fork(self, connection: socket.socket, output: int) -> tuple[int, int]:
+        """Fork a child that gets both descriptors. Returns its key and the pipe that will hold its exit code, then EOF."""
+        self._ensure_running()
+        assert self._socket is not None
+        self._keys += 1
+        status, status_write = os.pipe()
+        try:
+            fds = [connection.fileno(), output, status_write]
+            socket.send_fds(self._socket, [COMMAND.pack(FORK, self._keys)], fds)
+        except OSError as error:
+            os.close(status)
+            raise LightningError(f"the process that forks agents is gone: {error}", hint=self._tail()) from error
+        finally:
+            os.close(status_write)
+        return self._keys, status
+
+    def kill(self, key: int) -> None:
+        """Kill a child and all that it started; nothing happens if it has ended."""
+        if self._socket is not None:
+            try:
+                self._socket.sendall(COMMAND.pack(KILL, key))
+            except OSError:
+                return  # the fork server is gone, and its children with it
+
+    def close(self) -> None:
+        """End the fork server and every child."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+        if self._process is not None:
+            try:
+                self._process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+        self._log.close()
+
+    def _ensure_running(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            return
+        if self._socket is not None:
+            self._socket.close()
+        self._socket, theirs = socket.socketpair()
+        path = [entry or os.getcwd() for entry in sys.path]
+        arguments = [str(theirs.fileno()), json.dumps(path), json.dumps(self._preload)]
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", BOOT, *arguments],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=self._log,
+                start_new_session=True,
+            )
+
+    def _tail(self) -> str:
+        size = self._log.seek(0, os.SEEK_END)
+        self._log.seek(max(0, size - 2000))
+        return self._log.read().decode(errors="replace")
+
+
+def serve() -> NoReturn:
+    """The fork server's whole life."""
+    control = socket.socket(fileno=int(sys.argv[1]))
+    for name in ["trainers.episode_process", *json.loads(sys.argv[3])]:
+        try:
+            importlib.import_module(name)
+        except Exception:  # raised again, and recorded, in the child that imports it
+            traceback.print_exc()
+    gc.collect()
+    gc.freeze()  # collections in the children then leave the shared pages alone
+
+    wake, wake_write = os.pipe()
+    os.set_blocking(wake, False)
+    os.set_blocking(wake_write, False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(wake_write)
+    children: dict[int, tuple[int, int]] = {}  # key -> (pid, status pipe)
+    with selectors.DefaultSelector() as selector:
+        selector.register(control, selectors.EVENT_READ)
+        selector.register(wake, selectors.EVENT_READ)
+        while True:
+            ready = {key.fileobj for key, _ in selector.select()}
+            if wake in ready:
+                os.read(wake, 4096)
+                _reap(children)
+            if control not in ready:
+                continue
+            command, fds, _, _ = socket.recv_fds(control, COMMAND.size, 3)
+            if not command:
+                for pid, _ in children.values():
+                    _kill(pid)
+                os._exit(0)
+            kind, key = COMMAND.unpack(command)
+            if kind == KILL:
+                if key in children:
+                    _kill(children[key][0])
+                continue
+            pid = os.fork()
+            if pid == 0:
+                selector.close()
+                inherited = [control.detach(), wake, wake_write, fds[2], *(status for _, status in children.values())]
+                _become_child(fds[0], fds[1], inherited)
+            os.close(fds[0])
+            os.close(fds[1])
+            children[key] = (pid, fds[2])
+
+
+def _become_child(connection: int, output: int, inherited: list[int]) -> NoReturn:
+    """In the child: shed what belongs to the fork server, then run the episode."""
+    code = 1
+    try:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for fd in inherited:
+            os.close(fd)
+        os.setsid()
+        _die_with_parent()
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.close(output)
+        from trainers.episode_process import main
+
+        main(socket.socket(fileno=connection))
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except (OSError, ValueError):
+                code = code or 1  # nobody reads it any more, or the agent closed it
+        os._exit(code)
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent or parent == 1:
+            os._exit(1)
+
+
+def _kill(pid: int) -> None:
+    """Kill an unreaped child and its session."""
+    for kill in (os.killpg, os.kill):
+        try:
+            kill(pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            continue  # it has no group yet, or it is a zombie already
+
+
+def _reap(children: dict[int, tuple[int, int]]) -> None:
+    """Report every ended child's exit code, after killing what it left behind while its process id is still its own."""
+    by_pid = {pid: key for key, (pid, _) in children.items()}
+    while by_pid:
+        ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if ended is None:
+            return
+        _kill(ended.si_pid)
+        _, status = os.waitpid(ended.si_pid, 0)
+        key = by_pid.pop(ended.si_pid)
+        _, pipe = children.pop(key)
+        try:
+            os.write(pipe, EXIT_CODE.pack(os.waitstatus_to_exitcode(status)))
+        except BrokenPipeError:
+            pass  # nobody waits for it any more
+        os.close(pipe)

@@ -1,0 +1,101 @@
+"""The user's own Python files: loading a function from one, and what it imports.
+
+A file is loaded as `python file.py` would find its neighbours, except that its folder comes last on `sys.path`: it can never
+shadow an installed package, ours included.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from zlib import crc32
+
+from lightning_rl.errors import RecipeError
+
+
+def load_function(path: Path, name: str) -> Callable[..., Any]:
+    """The function `name` of the file. What the file raises on import is raised as it is."""
+    path = path.resolve()
+    if not path.is_file():
+        raise RecipeError(f"{path}: no such file")
+    function = getattr(_load(path), name, None)
+    if not callable(function):
+        raise RecipeError(f"{path}: has no function {name!r}")
+    return function
+
+
+def third_party_imports(paths: Iterable[Path]) -> list[str]:
+    """Modules that the files, and their neighbours which they import, import at top level from elsewhere."""
+    found: dict[str, None] = {}
+    todo = [path.resolve() for path in paths]
+    seen = set(todo)
+    while todo:
+        path = todo.pop()
+        for name in _top_level_imports(path):
+            local = _neighbour(path.parent, name)
+            if local is None:
+                found.setdefault(name)
+            elif local not in seen:
+                seen.add(local)
+                todo.append(local)
+    return list(found)
+
+
+def _load(path: Path) -> ModuleType:
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    name = _module_name(path)
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise RecipeError(f"{path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _module_name(path: Path) -> str:
+    """The name by which neighbours import the file, unless an installed module has it."""
+    module = sys.modules.get(path.stem)
+    if module is not None:
+        origin = getattr(module, "__file__", None)
+    else:
+        spec = importlib.util.find_spec(path.stem) if path.stem.isidentifier() else None
+        origin = spec.origin if spec else None
+    return path.stem if origin and Path(origin) == path else f"_recipe_{path.stem}_{crc32(bytes(path)):08x}"
+
+
+def _top_level_imports(path: Path) -> list[str]:
+    try:
+        body = ast.parse(path.read_bytes()).body
+    except (SyntaxError, OSError):
+        return []  # running the file will say what is wrong with it
+    names = []
+    for node in body:
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.append(node.module)
+    return names
+
+
+def _neighbour(folder: Path, name: str) -> Path | None:
+    """The file beside the importing one that `import name` finds, if no installed module comes first."""
+    base = folder.joinpath(*name.split("."))
+    local = next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
+    if local is None:
+        return None
+    spec = importlib.util.find_spec(name.split(".")[0])
+    installed = spec is not None and spec.origin is not None and not Path(spec.origin).is_relative_to(folder)
+    return None if installed else local

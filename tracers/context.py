@@ -1,7 +1,8 @@
 """The rollout that this process is running, if any, and the innermost open span.
 
-A process runs one rollout at a time, so the rollout is the process's: threads that an agent starts report to it too. Spans
-nest within a thread or task, so the open span travels in a context variable. What becomes of events is the sink's business.
+A process runs one rollout at a time, so the rollout is the process's: threads that an agent starts report to it too.
+Spans nest within a thread or task, so the open span travels in a context variable. What becomes of events is the
+sink's business.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from tracers.context import OpenSpan, current_rollout, open_span
 
 
 def reward(value: float, name: str = "reward", *, span: OpenSpan | None = None) -> None:
-    """Record a reward at `span`, by default at the innermost open span; at the episode when that is the agent itself."""
+    """Record a reward at `span`, by default at the innermost open one; at the episode where that is the agent."""
     if not isinstance(value, Real) or not math.isfinite(value):
         raise ValueError(f"reward {name!r} must be a finite number, not {value!r}")
     if not isinstance(name, str) or not name:

@@ -1,9 +1,9 @@
 """`@rollout`: marks the function that is the agent.
 
-Under `lrl train` it names the root span of the episode that the runner has opened. Run by hand it just calls the function,
-unless LRL_STORE (an episode database) and LRL_SERVER (a rollout server's URL) are set: then it opens an episode there, points
-OPENAI_BASE_URL at it for the length of the call, and records how it ended. Clients that were built before the call keep the
-address that they were built with.
+Under `lrl train` it names the root span of the episode that the runner has opened. Run by hand it just calls the
+function, unless LRL_STORE (an episode database) and LRL_SERVER (a rollout server's URL) are set: then it opens an
+episode there, points OPENAI_BASE_URL at it for the length of the call, and records how it ended. Clients that were
+built before the call keep the address that they were built with.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def is_rollout(function: Callable[..., Any]) -> bool:
 
 
 def _decorate(function: Agent, *, name: str | None) -> Any:
-    label = name or getattr(function, "__name__", "agent")
+    label = name or str(getattr(function, "__name__", "agent"))
 
     if inspect.iscoroutinefunction(function):
 

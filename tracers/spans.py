@@ -1,7 +1,7 @@
 """`span`: a node of the agent's own structure, recorded when it ends.
 
-Outside of a rollout a span does nothing, so that an agent runs the same without us. Spans nest by context; a span that fails
-keeps its traceback and lets the exception pass.
+Outside of a rollout a span does nothing, so that an agent runs the same without us. Spans nest by context; a span that
+fails keeps its traceback and lets the exception pass.
 """
 
 from __future__ import annotations

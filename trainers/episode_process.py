@@ -1,7 +1,7 @@
 """One episode, in a process of its own: run the agent, then ask the reward function.
 
-Everything that happens is told to the runner at once over a socket, so that what was recorded before a crash is not lost.
-Nothing here may raise: whatever the agent or the reward function does becomes an outcome with a traceback.
+Everything that happens is told to the runner at once over a socket, so that what was recorded before a crash is not
+lost. Nothing here may raise: whatever the agent or the reward function does becomes an outcome with a traceback.
 """
 
 from __future__ import annotations
@@ -21,18 +21,17 @@ import traceback
 from collections.abc import Callable, Iterator
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Struct
 
-from lightning_rl.episode import Episode, EpisodeStart, Outcome, Reward, Span
-from lightning_rl.store import Store
+from lightning_rl.episode import Call, Episode, EpisodeStart, Outcome, Reward, Span
 from tracers.context import Event, Rollout, running
 from tracers.rollout import is_rollout
 from tracers.spans import span
-from trainers.user_code import load_function
+from trainers.user_code import installed_modules, load_function
 
 
 class Job(Struct, frozen=True, kw_only=True):
@@ -42,7 +41,6 @@ class Job(Struct, frozen=True, kw_only=True):
     agent: tuple[str, str]
     """File and function."""
     reward: tuple[str, str]
-    store: str
     server_url: str
     api_key: str
     scored: list[Outcome]
@@ -50,14 +48,22 @@ class Job(Struct, frozen=True, kw_only=True):
     ended: Outcome | None = None
     """Set when the agent's own process is gone and only the reward function is still to run."""
     error: str | None = None
-    events: list[Event] = []
+    spans: list[Span] = []
+    rewards: list[Reward] = []
     """What the agent emitted before its process went."""
+    calls: list[Call] | None = None
+    """What the server recorded of it; None while the agent is still to run."""
 
 
 class Emitted(Struct, frozen=True, kw_only=True, tag=True):
-    """Something that the agent emitted while it ran."""
+    """A span or a reward, as the agent emitted it."""
 
-    event: Event
+    span: Span | None = None
+    reward: Reward | None = None
+
+
+class Ended(Struct, frozen=True, kw_only=True, tag=True):
+    """The agent has ended and the reward function needs the calls: the runner answers with a list of them."""
 
 
 class Done(Struct, frozen=True, kw_only=True, tag=True):
@@ -67,11 +73,14 @@ class Done(Struct, frozen=True, kw_only=True, tag=True):
     answer: Any = None
     error: str | None = None
     rewards: list[Reward] = []
+    imported: list[str] = []
+    """Installed modules that the child had to import itself, for the fork server to import once and for all."""
 
 
-Word = Emitted | Done
+Word = Emitted | Ended | Done
+Received = TypeVar("Received")
+MAX_ERROR = 20_000
 LENGTH = struct.Struct("!I")
-decode_job = msgspec.msgpack.Decoder(Job).decode
 decode_word = msgspec.msgpack.Decoder(Word).decode
 encode = msgspec.msgpack.Encoder().encode
 
@@ -82,7 +91,9 @@ class NotJSON(Exception):
 
 def main(connection: socket.socket) -> None:
     """Read a job, run it, and say how it went."""
-    job = _read_job(connection)
+    runner = connection.makefile("rb")
+    job = _receive(runner, Job)
+    loaded = set(sys.modules)
     lock = threading.Lock()
 
     def say(word: Word) -> None:
@@ -90,23 +101,41 @@ def main(connection: socket.socket) -> None:
         with lock:
             connection.sendall(LENGTH.pack(len(payload)) + payload)
 
-    events: list[Event] = list(job.events)
+    spans, rewards = list(job.spans), list(job.rewards)
 
     def emit(event: Event) -> None:
-        events.append(event)
-        say(Emitted(event=event))
+        if isinstance(event, Span):
+            spans.append(event)
+            say(Emitted(span=event))
+        else:
+            rewards.append(event)
+            say(Emitted(reward=event))
 
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     _prepare(job)
     done = Done(outcome=job.ended, error=job.error) if job.ended else _run_agent(job, emit)
-    say(_with_rewards(job, done, events) if done.outcome in job.scored else done)
+    if done.outcome in job.scored:
+        calls = job.calls
+        if calls is None:
+            say(Ended())
+            calls = _receive(runner, list[Call])
+        record = Episode(
+            start=job.start,
+            calls=calls,
+            spans=spans,
+            rewards=rewards,
+            outcome=done.outcome,
+            answer=done.answer,
+            error=done.error,
+        )
+        done = _with_rewards(job, done, record)
+    say(msgspec.structs.replace(done, imported=installed_modules(set(sys.modules) - loaded)))
 
 
-def _read_job(connection: socket.socket) -> Job:
-    with connection.makefile("rb") as stream:
-        (length,) = LENGTH.unpack(stream.read(LENGTH.size))
-        return decode_job(stream.read(length))
+def _receive(stream: BinaryIO, kind: type[Received]) -> Received:
+    (length,) = LENGTH.unpack(stream.read(LENGTH.size))
+    return msgspec.msgpack.decode(stream.read(length), type=kind)
 
 
 def _prepare(job: Job) -> None:
@@ -141,7 +170,13 @@ def _run_agent(job: Job, emit: Callable[[Event], None]) -> Done:
     except BaseException as error:  # SystemExit and the like are the agent's failures too
         infrastructure = any(_is_server_failure(cause, job.server_url) for cause in _causes(error))
         outcome = Outcome.INFRASTRUCTURE_ERROR if infrastructure else Outcome.AGENT_ERROR
-        return Done(outcome=outcome, error=traceback.format_exc())
+        return Done(outcome=outcome, error=_traceback())
+
+
+def _traceback() -> str:
+    """The current exception's, at a length and in characters that can be recorded."""
+    text = traceback.format_exc()
+    return text[-MAX_ERROR:].encode(errors="backslashreplace").decode()
 
 
 def _call(agent: Callable[..., Any], task: dict[str, Any]) -> Any:
@@ -157,10 +192,13 @@ def _call(agent: Callable[..., Any], task: dict[str, Any]) -> Any:
 
 def _checked_json(answer: Any) -> Any:
     try:
-        return json.loads(json.dumps(answer, allow_nan=False))
-    except (TypeError, ValueError, RecursionError) as error:
+        plain = json.loads(json.dumps(answer, allow_nan=False))
+        encode(plain)  # also refuses integers of more than 64 bits
+        return plain
+    except (TypeError, ValueError, RecursionError, OverflowError) as error:
         raise NotJSON(
-            f"the agent returned a {type(answer).__name__} that is not JSON ({error}); return text, numbers, lists or dicts"
+            f"the agent returned a {type(answer).__name__}, which is not JSON ({error}); "
+            "return text, numbers, lists or dicts"
         ) from None
 
 
@@ -179,47 +217,33 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _is_server_failure(error: BaseException, server_url: str) -> bool:
-    """Whether an HTTP client says that our server could not be reached or failed: not what the agent did, but where it ran."""
+    """Whether an HTTP client says that our server failed or could not be reached: nothing that the agent did."""
     try:
         request = getattr(error, "request", None)
     except RuntimeError:  # httpx raises it where no request is attached
         return False
-    if not str(getattr(request, "url", "")).startswith(server_url):
+    if not str(getattr(request, "url", "")).startswith(f"{server_url}/"):
         return False
     status = getattr(error, "status_code", None) or getattr(getattr(error, "response", None), "status_code", None)
     return status is None or status >= 500
 
 
-def _with_rewards(job: Job, done: Done, events: list[Event]) -> Done:
+def _with_rewards(job: Job, done: Done, record: Episode) -> Done:
     path, name = job.reward
     try:
         score = load_function(Path(path), name)
-        episode = _as_recorded(job, done, events)
-        rewards = _as_rewards(score(job.start.task, episode), job.start.id)
+        rewards = _as_rewards(score(job.start.task, record), job.start.id)
     except BaseException:
-        message = f"the reward function {path}:{name} failed on outcome {done.outcome}\n{traceback.format_exc()}"
+        message = f"the reward function {path}:{name} failed on outcome {done.outcome}\n{_traceback()}"
         return Done(outcome=Outcome.INFRASTRUCTURE_ERROR, answer=done.answer, error=message)
     return msgspec.structs.replace(done, rewards=rewards)
-
-
-def _as_recorded(job: Job, done: Done, events: list[Event]) -> Episode:
-    with Store.open(job.store) as store:
-        episode = store.episode(job.start.id)
-    return msgspec.structs.replace(
-        episode,
-        spans=[event for event in events if isinstance(event, Span)],
-        rewards=[event for event in events if isinstance(event, Reward)],
-        outcome=done.outcome,
-        answer=done.answer,
-        error=done.error,
-    )
 
 
 def _as_rewards(result: Any, episode_id: str) -> list[Reward]:
     now = time.time()
     if isinstance(result, dict):
         result = [Reward(episode_id=episode_id, name=name, value=value) for name, value in result.items()]
-    rewards = []
+    rewards: list[Reward] = []
     for reward in result:
         if not isinstance(reward, Reward):
             raise TypeError(f"return {{name: value}} or a list of rewards, not {reward!r}")

@@ -1,16 +1,18 @@
 """A small process that has the agents' imports loaded and forks one child per episode: milliseconds instead of seconds.
 
-It is started clean (no `__main__` of the caller, no threads, no torch of the trainer's), so that forking it is safe, and it
-searches modules exactly where its parent does. Every child leads a session of its own; when a child ends or is killed,
-whatever processes it left behind are killed with it. When the parent goes, however it goes, the fork server kills every child
-and goes too; when the fork server is killed, its children die by the kernel's hand.
+It is started clean (no `__main__` of the caller, no threads, no torch of the trainer's), so that forking it is safe,
+and it searches modules exactly where its parent does. Every child leads a session of its own; when a child ends or is
+killed, whatever processes it left behind are killed with it. When the parent goes, however it goes, the fork server
+kills every child and goes too; when the fork server is killed, its children die by the kernel's hand.
 
-One socket carries nine-byte commands, `F` or `K` and the key of a child; `F` brings three file descriptors along: the child's
-connection, where its output goes, and the pipe on which its exit code is reported.
+One socket carries nine-byte commands, a letter and a number: `F` forks the child of that key and brings three
+descriptors along (the child's connection, where its output goes, and the pipe on which its exit code is reported), `K`
+kills it, `I` is followed by so many bytes that name modules to import.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -24,21 +26,25 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from lightning_rl.errors import LightningError
+from trainers.certificates import with_certificates_by_hash
 
 COMMAND = struct.Struct("!cQ")
 EXIT_CODE = struct.Struct("!i")
-FORK, KILL = b"F", b"K"
+FORK, KILL, IMPORT = b"F", b"K", b"I"
 BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from trainers.fork_server import serve; serve()"
 PR_SET_PDEATHSIG = 1
 STOP_SECONDS = 5.0
+OWN_FAILURE = 70
+"""Exit code of a child whose failure is ours, not the agent's (EX_SOFTWARE)."""
 
 
 class ForkServer:
-    """The parent's end. `preload` names the modules to import once; what cannot be imported fails in the child that needs it."""
+    """The parent's end. `preload` names modules to import once; one that cannot be fails in the child that needs it."""
 
     def __init__(self, preload: Sequence[str]) -> None:
         self._preload = list(preload)
@@ -48,20 +54,22 @@ class ForkServer:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
 
     def fork(self, connection: socket.socket, output: int) -> tuple[int, int]:
-        """Fork a child that gets both descriptors. Returns its key and the pipe that will hold its exit code, then EOF."""
-        self._ensure_running()
-        assert self._socket is not None
+        """Fork a child that gets both descriptors. Returns its key and the pipe that brings its exit code, then EOF."""
         self._keys += 1
         status, status_write = os.pipe()
+        fds = [connection.fileno(), output, status_write]
         try:
-            fds = [connection.fileno(), output, status_write]
-            socket.send_fds(self._socket, [COMMAND.pack(FORK, self._keys)], fds)
-        except OSError as error:
-            os.close(status)
-            raise LightningError(f"the process that forks agents is gone: {error}", hint=self._tail()) from error
+            for _ in range(2):  # it may have been killed since it was last asked
+                server = self._ensure_running()
+                try:
+                    socket.send_fds(server, [COMMAND.pack(FORK, self._keys)], fds)
+                    return self._keys, status
+                except OSError:
+                    self._stop()
         finally:
             os.close(status_write)
-        return self._keys, status
+        os.close(status)
+        raise LightningError("the process that forks agents does not start", hint=self._tail())
 
     def kill(self, key: int) -> None:
         """Kill a child and all that it started; nothing happens if it has ended."""
@@ -71,8 +79,23 @@ class ForkServer:
             except OSError:
                 return  # the fork server is gone, and its children with it
 
+    def preload(self, modules: Iterable[str]) -> None:
+        """Import further modules, so that children forked from now on need not."""
+        new = [name for name in modules if name not in self._preload]
+        if not new:
+            return
+        self._preload += new
+        if self._socket is not None:
+            names = json.dumps(new).encode()
+            with contextlib.suppress(OSError):  # it is gone; its successor starts with them
+                self._socket.sendall(COMMAND.pack(IMPORT, len(names)) + names)
+
     def close(self) -> None:
         """End the fork server and every child."""
+        self._stop()
+        self._log.close()
+
+    def _stop(self) -> None:
         if self._socket is not None:
             self._socket.close()
             self._socket = None
@@ -83,15 +106,14 @@ class ForkServer:
                 self._process.kill()
                 self._process.wait()
             self._process = None
-        self._log.close()
 
-    def _ensure_running(self) -> None:
-        if self._process is not None and self._process.poll() is None:
-            return
+    def _ensure_running(self) -> socket.socket:
+        if self._process is not None and self._process.poll() is not None:
+            self._stop()
         if self._socket is not None:
-            self._socket.close()
+            return self._socket
         self._socket, theirs = socket.socketpair()
-        path = [entry or os.getcwd() for entry in sys.path]
+        path = [entry or str(Path.cwd()) for entry in sys.path]
         arguments = [str(theirs.fileno()), json.dumps(path), json.dumps(self._preload)]
         with theirs:
             self._process = subprocess.Popen(
@@ -101,7 +123,9 @@ class ForkServer:
                 stdout=self._log,
                 stderr=self._log,
                 start_new_session=True,
+                env=with_certificates_by_hash(os.environ),
             )
+        return self._socket
 
     def _tail(self) -> str:
         size = self._log.seek(0, os.SEEK_END)
@@ -112,13 +136,7 @@ class ForkServer:
 def serve() -> NoReturn:
     """The fork server's whole life."""
     control = socket.socket(fileno=int(sys.argv[1]))
-    for name in ["trainers.episode_process", *json.loads(sys.argv[3])]:
-        try:
-            importlib.import_module(name)
-        except Exception:  # raised again, and recorded, in the child that imports it
-            traceback.print_exc()
-    gc.collect()
-    gc.freeze()  # collections in the children then leave the shared pages alone
+    _import(["trainers.episode_process", *json.loads(sys.argv[3])])
 
     wake, wake_write = os.pipe()
     os.set_blocking(wake, False)
@@ -142,6 +160,9 @@ def serve() -> NoReturn:
                     _kill(pid)
                 os._exit(0)
             kind, key = COMMAND.unpack(command)
+            if kind == IMPORT:
+                _import(json.loads(control.recv(key, socket.MSG_WAITALL)))
+                continue
             if kind == KILL:
                 if key in children:
                     _kill(children[key][0])
@@ -156,9 +177,19 @@ def serve() -> NoReturn:
             children[key] = (pid, fds[2])
 
 
+def _import(names: list[str]) -> None:
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception:  # raised again, and recorded, in the child that imports it
+            traceback.print_exc()
+    gc.collect()
+    gc.freeze()  # collections in the children then leave the shared pages alone
+
+
 def _become_child(connection: int, output: int, inherited: list[int]) -> NoReturn:
     """In the child: shed what belongs to the fork server, then run the episode."""
-    code = 1
+    code = OWN_FAILURE
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -177,10 +208,8 @@ def _become_child(connection: int, output: int, inherited: list[int]) -> NoRetur
         traceback.print_exc()
     finally:
         for stream in (sys.stdout, sys.stderr):
-            try:
+            with contextlib.suppress(OSError, ValueError):  # nobody reads it any more, or the agent closed it
                 stream.flush()
-            except (OSError, ValueError):
-                code = code or 1  # nobody reads it any more, or the agent closed it
         os._exit(code)
 
 
@@ -212,8 +241,6 @@ def _reap(children: dict[int, tuple[int, int]]) -> None:
         _, status = os.waitpid(ended.si_pid, 0)
         key = by_pid.pop(ended.si_pid)
         _, pipe = children.pop(key)
-        try:
+        with contextlib.suppress(BrokenPipeError):  # nobody waits for it any more
             os.write(pipe, EXIT_CODE.pack(os.waitstatus_to_exitcode(status)))
-        except BrokenPipeError:
-            pass  # nobody waits for it any more
         os.close(pipe)

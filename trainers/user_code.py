@@ -1,7 +1,7 @@
 """The user's own Python files: loading a function from one, and what it imports.
 
-A file is loaded as `python file.py` would find its neighbours, except that its folder comes last on `sys.path`: it can never
-shadow an installed package, ours included.
+A file is loaded as `python file.py` would find its neighbours, except that its folder comes last on `sys.path`: it can
+never shadow an installed package, ours included.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import sys
+import sysconfig
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
@@ -44,6 +45,17 @@ def third_party_imports(paths: Iterable[Path]) -> list[str]:
                 seen.add(local)
                 todo.append(local)
     return list(found)
+
+
+def installed_modules(names: Iterable[str]) -> list[str]:
+    """Those of the loaded modules that belong to Python or to an installed package: they never change during a run."""
+    places = [Path(sysconfig.get_path(place)) for place in ("stdlib", "purelib", "platlib")]
+
+    def is_installed(name: str) -> bool:
+        origin = str(getattr(getattr(sys.modules[name], "__spec__", None), "origin", None))
+        return any(Path(origin).is_relative_to(place) for place in places)
+
+    return sorted(filter(is_installed, names))
 
 
 def _load(path: Path) -> ModuleType:

@@ -1,7 +1,7 @@
 """An agent that solves word problems with a calculator: an ordinary tool-calling loop on the `openai` SDK.
 
-It takes its endpoint, key and model from OPENAI_BASE_URL, OPENAI_API_KEY and OPENAI_MODEL, so it runs as it is against any
-OpenAI-compatible server. It is what gets trained, and it knows nothing about that.
+It takes its endpoint, key and model from OPENAI_BASE_URL, OPENAI_API_KEY and OPENAI_MODEL, so it runs as it is against
+any OpenAI-compatible server. It is what gets trained, and it knows nothing about that.
 """
 
 import ast

@@ -1,8 +1,8 @@
 """Word problems for the calculator agent, demonstrations of one-operation ones, and how an answer is scored.
 
-The warm start shows how to call the calculator on problems with one operation. Training and evaluation ask for two, in other
-wordings; evaluation adds a wording never trained on and problems with three operations. Which split a problem may appear in
-is decided by a hash of its numbers, so that no numbers of one split occur in another, whatever the seed.
+The warm start shows how to call the calculator on problems with one operation. Training and evaluation ask for two, in
+other wordings; evaluation adds a wording never trained on and problems with three operations. Which split a problem
+may appear in is decided by a hash of its numbers, so that no numbers of one split occur in another, whatever the seed.
 """
 
 import hashlib
@@ -70,7 +70,7 @@ def make_tasks(seed: int, train: int, warm_start: int, eval: int) -> "dict[str, 
 
 
 def score(task: "lrl.Task", episode: "lrl.Episode") -> "list[lrl.Reward]":
-    """`correct`: the answer's last number is right. `well_formed`: the first call asked for a sum that can be computed."""
+    """`correct`: the last number of the answer is right. `well_formed`: the first call asked for a computable sum."""
     right = last_number(episode.answer) == task.input["answer"]
     rewards = [lrl.Reward(episode_id=episode.id, name="correct", value=float(right))]
     if episode.calls:
@@ -81,7 +81,9 @@ def score(task: "lrl.Task", episode: "lrl.Episode") -> "list[lrl.Reward]":
 
 
 def last_number(answer: object) -> float | None:
-    numbers = re.findall(r"-?\d+(?:\.\d+)?", re.sub(r"(?<=\d),(?=\d{3})", "", answer)) if isinstance(answer, str) else []
+    numbers = (
+        re.findall(r"-?\d+(?:\.\d+)?", re.sub(r"(?<=\d),(?=\d{3})", "", answer)) if isinstance(answer, str) else []
+    )
     return float(numbers[-1]) if numbers else None
 
 
@@ -106,13 +108,13 @@ def _problems(split: str, size: int, seed: int) -> list[dict[str, Any]]:
         # Round robin keeps the mix of templates the same in every split and size.
         template, formula = TEMPLATES[split][len(problems) % len(TEMPLATES[split])]
         numbers = _numbers(formula, draw)
-        expression = re.sub("[a-d]", lambda match: str(numbers[match[0]]), formula)
+        expression = "".join(str(numbers.get(symbol, symbol)) for symbol in formula)
         answer = int(evaluate(expression))
         if answer <= 0 or bucket(numbers.values()) not in BUCKETS[split]:
             continue
         question = template.format(name=draw.choice(NAMES), item=draw.choice(ITEMS), **numbers)
-        problem = dict(question=question, answer=answer, expression=expression, numbers=sorted(numbers.values()))
-        problems.setdefault(question, problem | {"id": f"{split}-{len(problems):04d}"})
+        row = {"id": f"{split}-{len(problems):04d}", "question": question, "answer": answer}
+        problems.setdefault(question, row | {"expression": expression, "numbers": sorted(numbers.values())})
     if len(problems) < size:
         raise ValueError(f"there are not {size} different problems for the split {split}; ask for fewer")
     return list(problems.values())

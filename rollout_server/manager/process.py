@@ -17,7 +17,7 @@ import zmq
 
 from rollout_server import messages as m
 from rollout_server.config import EngineConfig, read_engine_config
-from rollout_server.lifetime import die_with_parent
+from lightning_rl.lifetime import die_with_parent
 from rollout_server.manager.scheduler import Sampled, Scheduler
 
 log = logging.getLogger("lrl.manager")

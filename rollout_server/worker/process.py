@@ -14,11 +14,12 @@ import torch
 import zmq
 
 from lightning_rl.errors import ModelError
+from lightning_rl.memory import keep_freed_memory
 from rollout_server import messages as m
 from rollout_server.config import EngineConfig, read_engine_config
 from rollout_server.kernels import native, reference
 from rollout_server.kernels.interface import Kernels
-from rollout_server.lifetime import die_with_parent
+from lightning_rl.lifetime import die_with_parent
 from rollout_server.models.checksum import checksum
 from rollout_server.models.config import ModelConfig, read_config
 from rollout_server.models.decoder import load_decoder
@@ -105,4 +106,5 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     settings = read_engine_config(Path(sys.argv[1]))
     die_with_parent(settings.parent_pid)
+    keep_freed_memory()
     serve(settings)

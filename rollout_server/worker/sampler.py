@@ -66,12 +66,14 @@ def sample(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids int64 [B] and their log-probs fp32 [B]; greedy rows take the first of the likeliest ids."""
     rows = torch.arange(logprobs_BV.shape[0])
-    ids = logprobs_BV.argmax(dim=-1)
     hot = [i for i, p in enumerate(params) if p.temperature > 0]
+    cold = [i for i, p in enumerate(params) if p.temperature == 0]
+    ids = torch.empty_like(rows)
+    if cold:
+        ids[cold] = (logprobs_BV[cold] if hot else logprobs_BV).argmax(dim=-1)
     if hot:
         us = torch.tensor([uniform(params[i].seed, draws[i]) for i in hot], dtype=torch.float64)
-        everything = len(hot) == len(params)
-        ids[hot] = _inverse_cdf(logprobs_BV if everything else logprobs_BV[hot], us)
+        ids[hot] = _inverse_cdf(logprobs_BV[hot] if cold else logprobs_BV, us)
     return ids, logprobs_BV[rows, ids]
 
 
@@ -80,7 +82,7 @@ def _inverse_cdf(logprobs_BV: torch.Tensor, us: torch.Tensor) -> torch.Tensor:
     count, vocab = logprobs_BV.shape
     padding = -vocab % _BLOCK
     probs = torch.nn.functional.pad(logprobs_BV.exp(), (0, padding)).view(count, -1, _BLOCK)
-    blocks = probs.sum(-1, dtype=torch.float64).cumsum(-1)
+    blocks = probs.sum(-1).double().cumsum(-1)
     target = us * blocks[:, -1]
     block = torch.searchsorted(blocks, target[:, None], right=True).clamp_(max=blocks.shape[1] - 1)
     before = torch.where(block > 0, blocks.gather(1, (block - 1).clamp(min=0)), 0.0)

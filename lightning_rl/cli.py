@@ -1,0 +1,79 @@
+"""`lrl`: a table of commands by name. Each package owns its commands; nothing is imported before one is chosen."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+
+from lightning_rl.errors import LightningError
+
+Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
+"""(help line, configure the parser, run)."""
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("trainers.cli", "train the policy of an agent by a recipe, or resume a run"),
+    "eval": ("trainers.cli", "measure a policy on a recipe's held-out tasks"),
+    "export": ("trainers.cli", "write a run's policy as a Hugging Face checkpoint"),
+    "serve": ("rollout_server.cli", "serve a model over the OpenAI API"),
+    "traces": ("tracers.cli", "list and show recorded episodes"),
+    "doctor": ("lightning_rl.doctor", "say what is installed, what the machine has, and what would run where"),
+}
+
+EPILOG = """\
+Train the agent you have:
+  lrl train recipes/calculator.yaml                  a complete example; see docs/quickstart.md for your own
+  lrl train recipe.yaml train.steps=20 seed=1        any field of the recipe, overridden
+  lrl train --resume runs/calculator                 go on after an interruption
+
+`lrl COMMAND --help` explains a command."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="lrl",
+        description="Lightning RL trains LLM agents by reinforcement learning without changing them.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    chosen = next((word for word in arguments if not word.startswith("-")), None)
+    run: Callable[[argparse.Namespace], int] | None = None
+    for name, (module, help_line) in COMMANDS.items():
+        sub = commands.add_parser(
+            name, help=help_line, description=help_line, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        if name == chosen:
+            try:
+                description, configure, run = importlib.import_module(module).COMMANDS[name]
+            except LightningError as error:
+                return _fail(error)
+            sub.description = description
+            configure(sub)
+    options = parser.parse_args(arguments)
+    if options.version:
+        from importlib.metadata import version
+
+        print(version("lightning-rl"))
+        return 0
+    if run is None:
+        parser.print_help()
+        return 0
+    try:
+        return run(options)
+    except LightningError as error:
+        return _fail(error)
+
+
+def _fail(error: LightningError) -> int:
+    print(f"lrl: {error}", file=sys.stderr)
+    if error.hint:
+        print(f"     {error.hint}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

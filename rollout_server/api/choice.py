@@ -1,0 +1,99 @@
+"""One choice while it is sampled: tokens in, text out, and everything that its record will need.
+
+Stop strings are found on decoded text; the token that completes one is the last that counts, whatever the engine was
+ahead. When nobody reads along and no stop string is asked for, the choice sleeps until the engine is done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from tokenizers import Tokenizer
+
+from rollout_server import messages as m
+from rollout_server.api.detokenize import Detokenizer, StopFinder
+from rollout_server.api.engine_client import EngineClient
+from rollout_server.api.errors import EngineError
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one message of the engine added to a choice."""
+
+    text: str
+    ids: list[int]
+    logprobs: list[float]
+    top_logprobs: list[list[tuple[int, float]]]
+
+
+@dataclass
+class Choice:
+    prompt_ids: list[int]
+    sampling: m.SamplingParams
+    stops: Sequence[str] = ()
+    inclusive_stops: Sequence[str] = ()
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+    text: str = ""
+    cached_tokens: int = 0
+    finish_reason: str | None = None
+    """`stop` or `length`; `abort` when the client went away or the engine failed."""
+
+    async def run(
+        self, engine: EngineClient, tokenizer: Tokenizer, on_piece: Callable[[Piece], None] | None = None
+    ) -> None:
+        """Sample to the end. Cancelling the task cancels the request; what was sampled until then stays in `ids`."""
+        decoder = Detokenizer(tokenizer)
+        finder = StopFinder(self.stops, self.inclusive_stops)
+        reads_along = on_piece is not None or bool(self.stops or self.inclusive_stops)
+        with engine.submit(self.prompt_ids, self.sampling) as generation:
+            try:
+                while self.finish_reason is None:
+                    piece = self._absorb(await generation.read(to_end=not reads_along), decoder, finder)
+                    if on_piece is not None:
+                        on_piece(piece)
+            except (asyncio.CancelledError, EngineError):
+                unread = generation.take()
+                if unread is not None:
+                    self._absorb(unread, decoder, finder)
+                self.finish_reason = "abort"
+                raise
+
+    def as_piece(self) -> Piece:
+        """The whole choice as one piece."""
+        return Piece(self.text, self.ids, self.logprobs, self.top_logprobs)
+
+    def _absorb(self, tokens: m.Tokens, decoder: Detokenizer, finder: StopFinder) -> Piece:
+        before, text = len(self.ids), ""
+        self.cached_tokens = max(self.cached_tokens, tokens.cached_tokens)
+        for at, token_id in enumerate(tokens.ids):
+            self.ids.append(token_id)
+            self.logprobs.append(tokens.logprobs[at])
+            self.versions.append(tokens.versions[at])
+            if tokens.top_logprobs:
+                self.top_logprobs.append(tokens.top_logprobs[at])
+            text += finder.feed(decoder.feed(token_id))
+            if finder.found:
+                self.finish_reason = "stop"
+                break
+        else:
+            self.finish_reason = tokens.finish_reason
+            if self.finish_reason is not None:
+                text += finder.feed(decoder.finish()) + finder.finish()
+        self.text += text
+        return Piece(text, self.ids[before:], self.logprobs[before:], self.top_logprobs[before:])
+
+
+def version_spans(versions: Sequence[int]) -> list[dict[str, int]]:
+    """Runs of tokens that one policy version sampled: [start, end)."""
+    spans: list[dict[str, int]] = []
+    for at, version in enumerate(versions):
+        if spans and spans[-1]["version"] == version:
+            spans[-1]["end"] = at + 1
+        else:
+            spans.append({"version": version, "start": at, "end": at + 1})
+    return spans

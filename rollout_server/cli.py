@@ -1,0 +1,95 @@
+"""The server's commands, as a table for `lrl`: name → (help line, parser, run)."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from lightning_rl.errors import ServerError
+
+Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
+
+
+def _configure_serve(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Serve a model behind the OpenAI API (/v1/chat/completions with tools and streaming, /v1/completions, "
+        "/v1/models) until Ctrl-C."
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="built-in name (smollm2-135m, tiny-llama), checkpoint directory, or hub id")
+    add("--host", default="127.0.0.1", help="address to listen on; beyond loopback a key is required (%(default)s)")
+    add("--port", type=int, default=8000, help="0 takes any free one (%(default)s)")
+    add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of weights and KV cache (%(default)s)")
+    add(
+        "--alias",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="further model name that clients may use, e.g. 'gpt-*'",
+    )
+    add("--store", metavar="PATH", help="episode database: serve and record its episodes at /e/<episode>/v1")
+    add("--api-key-env", metavar="NAME", help="environment variable that holds the key which clients must send")
+    add("--kv-tokens", type=int, default=65536, help="tokens that the KV cache holds (%(default)s)")
+    add("--max-batch", type=int, default=64, help="sequences that decode at once (%(default)s)")
+    add("--threads", type=int, help="threads of the worker (default: torch's choice)")
+    add("--log-dir", type=Path, help="where the processes log (default: a temporary directory)")
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from rollout_server.launch import RolloutServer
+    from rollout_server.models.catalog import resolve_model
+
+    key = _key_from(args.api_key_env)
+    log_dir = args.log_dir or Path(tempfile.mkdtemp(prefix="lrl-serve-"))
+    name = Path(args.model).resolve().name if Path(args.model).is_dir() else args.model
+    server = RolloutServer(
+        resolve_model(args.model),
+        name,
+        args.dtype,
+        log_dir=log_dir,
+        host=args.host,
+        port=args.port,
+        store=args.store,
+        aliases=args.alias,
+        api_key=key,
+        kv_tokens=args.kv_tokens,
+        max_batch=args.max_batch,
+        threads=args.threads,
+    )
+    print(f"loading {name} ({args.dtype}); logs in {log_dir}", flush=True)
+    try:
+        with server:
+            print(_greeting(server.base_url, name, args.api_key_env), flush=True)
+            while True:
+                time.sleep(1.0)
+                server.check()
+    except KeyboardInterrupt:
+        print("\nstopped", flush=True)
+        return 0
+
+
+def _key_from(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    key = os.environ.get(variable)
+    if not key:
+        raise ServerError(f"the environment variable {variable} is not set", hint=f"export {variable}=<a long secret>")
+    return key
+
+
+def _greeting(base_url: str, model: str, key_variable: str | None) -> str:
+    key = f" -H 'Authorization: Bearer '\"${key_variable}\"" if key_variable else ""
+    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    return (
+        f"serving {model} at {base_url}/v1 (Ctrl-C ends); try\n"
+        f"  curl {base_url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'"
+    )
+
+
+COMMANDS: dict[str, Command] = {
+    "serve": ("serve a model behind the OpenAI API", _configure_serve, _serve),
+}

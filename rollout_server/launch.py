@@ -1,0 +1,209 @@
+"""Starts, watches and ends the rollout server's three processes: web, manager, worker.
+
+`with RolloutServer(…) as server:` returns when `/health` is 200, so when the weights are loaded; `server.base_url` is
+what agents get. `check` says which process died, with its last words. No process outlives the one that made the server
+(on Linux even the *thread*: keep it in one that lives on), and Ctrl-C reaches only the parent, which ends the others in
+order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from lightning_rl.errors import ServerError
+from rollout_server.admin_client import AdminClient
+from rollout_server.config import EngineConfig
+
+START_TIMEOUT_S = 180.0
+STOP_TIMEOUT_S = 6.0
+
+_MODULES = {
+    "worker": "rollout_server.worker.process",
+    "manager": "rollout_server.manager.process",
+    "web": "rollout_server.api.process",
+}
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+class RolloutServer:
+    """The engine's settings are `EngineConfig`'s. `port` 0 takes any free one; `aliases` are globs of model names."""
+
+    def __init__(
+        self,
+        model_dir: Path,
+        served_name: str,
+        dtype: str,
+        *,
+        log_dir: Path,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        store: Path | str | None = None,
+        aliases: Sequence[str] = (),
+        api_key: str | None = None,
+        kv_tokens: int = 65536,
+        page_size: int = 16,
+        max_batch: int = 64,
+        threads: int | None = None,
+        batch_invariant: bool = False,
+    ) -> None:
+        if not _is_loopback(host) and api_key is None:
+            raise ServerError(f"refusing to serve on {host} without an API key", hint="give a key, or use 127.0.0.1")
+        self.admin_key = secrets.token_urlsafe(24)
+        self._log_dir = log_dir
+        self._host = host
+        self._port = port
+        self._web_settings = {
+            "served_name": served_name,
+            "aliases": list(aliases),
+            "store": str(store) if store is not None else None,
+            "api_key": api_key,
+            "admin_key": self.admin_key,
+        }
+        self._engine = EngineConfig(
+            ipc_dir=tempfile.mkdtemp(prefix="lrl-"),  # mode 0700
+            model_dir=str(Path(model_dir).resolve()),
+            parent_pid=os.getpid(),
+            dtype=dtype,
+            kv_tokens=kv_tokens,
+            page_size=page_size,
+            max_batch=max_batch,
+            threads=threads,
+            batch_invariant=batch_invariant,
+        )
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.base_url = ""
+
+    def start(self) -> None:
+        """Raises ServerError, with the last words of the process at fault."""
+        try:
+            with self._listen() as listener:
+                self.base_url = f"http://{_in_url(self._host)}:{listener.getsockname()[1]}"
+                self._spawn_all(listener)
+            self._wait_until_healthy()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Ends the processes in order: web first, so that nobody is cut off without an answer. Idempotent."""
+        for name in ("web", "manager", "worker"):
+            process = self._processes.pop(name, None)
+            if process is None:
+                continue
+            process.terminate()
+            try:
+                process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        shutil.rmtree(self._engine.ipc_dir, ignore_errors=True)
+
+    def check(self) -> None:
+        """Raises ServerError if one of the processes has ended."""
+        for name, process in self._processes.items():
+            code = process.poll()
+            if code is not None:
+                raise ServerError(
+                    f"the server's {name} process ended with {_describe(code)}; last words:\n{self._last_words(name)}",
+                    hint=f"the whole log is {self.log_file(name)}",
+                )
+
+    def admin(self) -> AdminClient:
+        return AdminClient(self.base_url, self.admin_key)
+
+    def log_file(self, name: str) -> Path:
+        """Log of `web`, `manager` or `worker`."""
+        return self._log_dir / f"{name}.log"
+
+    @property
+    def pids(self) -> dict[str, int]:
+        return {name: process.pid for name, process in self._processes.items()}
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _listen(self) -> socket.socket:
+        """Bound here and inherited by the web process: a taken port is known at once, a free one exactly."""
+        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((self._host, self._port))
+            listener.listen(2048)
+        except OSError as error:
+            listener.close()
+            if error.errno == errno.EADDRINUSE:
+                raise ServerError(
+                    f"port {self._port} on {self._host} is in use", hint="choose another port, or 0 for any free one"
+                ) from error
+            raise ServerError(f"cannot listen on {self._host}:{self._port}: {error.strerror}") from error
+        return listener
+
+    def _spawn_all(self, listener: socket.socket) -> None:
+        self._log_dir.mkdir(parents=True, exist_ok=True)
+        settings = {**msgspec.to_builtins(self._engine), **self._web_settings, "listen_fd": listener.fileno()}
+        config = Path(self._engine.ipc_dir) / "config.json"
+        config.touch(mode=0o600)
+        config.write_text(json.dumps(settings))
+        path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+        for name, module in _MODULES.items():
+            with self.log_file(name).open("ab") as log:
+                self._processes[name] = subprocess.Popen(
+                    [sys.executable, "-m", module, str(config)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
+                    start_new_session=True,
+                    pass_fds=(listener.fileno(),) if name == "web" else (),
+                )
+
+    def _wait_until_healthy(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        admin = self.admin()
+        while time.monotonic() < deadline:
+            self.check()
+            with contextlib.suppress(ServerError):  # not yet
+                admin.health(timeout=2.0)
+                return
+            time.sleep(0.1)
+        words = "\n".join(f"{name}: {self._last_words(name, 3)}" for name in self._processes)
+        raise ServerError(f"the server did not start within {START_TIMEOUT_S:.0f} s; last words:\n{words}")
+
+    def _last_words(self, name: str, lines: int = 15) -> str:
+        text = self.log_file(name).read_text(errors="replace")
+        return "\n".join(text.splitlines()[-lines:]) or "(none)"
+
+
+def _is_loopback(host: str) -> bool:
+    return host == "localhost" or host == "::1" or host.startswith("127.")
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _describe(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"code {code}"

@@ -1,0 +1,108 @@
+"""A manager that says what a test tells it to, over the real socket with the real messages; and the web beside it."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import zmq
+
+from rollout_server import messages as m
+from rollout_server.api.app import build_app
+from rollout_server.api.config import WebConfig
+from rollout_server.api.process import WebServer
+
+Script = Callable[[m.Submit], list[m.FromManager]]
+"""What to answer to a request; without a last message (no finish reason) it stays open until it is cancelled."""
+
+
+class ScriptedManager:
+    def __init__(self, ipc_dir: Path) -> None:
+        self.script: Script = lambda submit: []
+        self.submitted: list[m.Submit] = []
+        self.cancelled: list[str] = []
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.PAIR)
+        self._socket.bind(f"ipc://{ipc_dir}/web.ipc")
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """As if the process had died. Idempotent."""
+        if self._stopping.is_set():
+            return
+        self._stopping.set()
+        self._thread.join()
+        self._socket.close(0)
+        self._context.term()
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            if self._socket.poll(20):
+                for answer in self._answers(m.decode_to_manager(self._socket.recv())):
+                    self._socket.send(m.encode(answer))
+
+    def _answers(self, message: m.ToManager) -> list[m.FromManager]:
+        key = message.request_id
+        match message:
+            case m.Submit():
+                self.submitted.append(message)
+                return self.script(message)
+            case m.Cancel():
+                self.cancelled.append(key)
+                return []
+            case m.Score(ids=ids):
+                return [m.Scored(request_id=key, logprobs=[-float(i) for i in ids[1:]], version=3)]
+            case m.UpdateWeights(path="/refused"):
+                return [m.Failed(request_id=key, code="weights_rejected", message="no such file")]
+            case m.UpdateWeights(version=version):
+                return [m.Updated(request_id=key, version=version, checksum=f"sum-{version}")]
+            case m.GetStats():
+                return [m.Stats(request_id=key, values={"version": 3.0})]
+
+
+def tokens(
+    submit: m.Submit, ids: list[int], finish_reason: str | None = None, *, version: int = 3, cached: int = 0
+) -> m.Tokens:
+    """Sampled tokens, the log-prob of id i being -i/1000."""
+    top = [[(i, -i / 1000), (17, -50.0)] for i in ids] if submit.sampling.top_logprobs else []
+    return m.Tokens(
+        request_id=submit.request_id,
+        ids=ids,
+        logprobs=[-i / 1000 for i in ids],
+        versions=[version] * len(ids),
+        top_logprobs=top,
+        finish_reason=finish_reason,
+        cached_tokens=cached,
+    )
+
+
+def one_by_one(ids: list[int], finish_reason: str = "stop") -> Script:
+    def script(submit: m.Submit) -> list[m.FromManager]:
+        return [tokens(submit, [i], finish_reason if n == len(ids) - 1 else None) for n, i in enumerate(ids)]
+
+    return script
+
+
+@contextmanager
+def serving_web(config: Callable[[int], WebConfig]) -> Iterator[str]:
+    """The web application in a thread, on a free port; its base URL."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = WebServer(build_app(config(listener.fileno())))
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        assert not thread.is_alive()
+        listener.close()

@@ -1,0 +1,84 @@
+"""`lrl traces list|show`: what a run's agents did, read from its episode database."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning_rl.errors import StoreError
+
+if TYPE_CHECKING:
+    from lightning_rl.store import Store
+
+DESCRIPTION = """\
+Look at recorded episodes. RUN is a run's directory, or an episode database.
+
+  lrl traces list runs/calculator/latest                 one line per episode
+  lrl traces list runs/calculator/latest --phase train --step 3
+  lrl traces show runs/calculator/latest                 the episode that started last
+  lrl traces show runs/calculator/latest train.3.train-0007.2.0"""
+DATABASE = "episodes.db"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="list|show", required=True)
+    listing = actions.add_parser("list", help="one line per episode", description="One line per episode.")
+    listing.add_argument("run", metavar="RUN", type=Path, help="run directory or episode database")
+    listing.add_argument("--phase", help="only this phase: train, eval-base, eval-final, …")
+    listing.add_argument("--step", type=int, help="only this training step")
+    listing.add_argument("--limit", type=int, default=100, help="at most so many, the last ones (default: %(default)s)")
+    showing = actions.add_parser("show", help="one episode in full", description="One episode in full.")
+    showing.add_argument("run", metavar="RUN", type=Path, help="run directory or episode database")
+    showing.add_argument("episode", metavar="EPISODE", nargs="?", help="its id; by default the one that started last")
+
+
+def run(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from lightning_rl.store import Store
+    from tracers.trace_view import episode_table, episode_view
+
+    console = Console()
+    with Store.open(database_of(options.run)) as store:
+        if options.action == "list":
+            summaries = store.starts(phase=options.phase, step=options.step)
+            console.print(episode_table(summaries[-options.limit :]))
+            if len(summaries) > options.limit:
+                console.print(f"the last {options.limit} of {len(summaries)} episodes; --limit shows more")
+        else:
+            console.print(episode_view(store.episode(_episode_id(store, options.episode))))
+    return 0
+
+
+def database_of(run: Path) -> Path:
+    """The database of a run directory, of the latest run under a directory of runs, or the given file itself."""
+    for path in (run / DATABASE, run / "latest" / DATABASE, run):
+        if path.is_file():
+            return path
+    raise StoreError(
+        f"{run}: no episode database here", hint=f"give a run's directory, such as runs/NAME/latest; it has {DATABASE}"
+    )
+
+
+def _episode_id(store: Store, wanted: str | None) -> str:
+    summaries = store.starts()
+    if not summaries:
+        raise StoreError("there are no episodes yet")
+    if wanted is None:
+        return max(summaries, key=lambda summary: summary.started_at).id
+    ids = [summary.id for summary in summaries]
+    if wanted not in ids:
+        near = difflib.get_close_matches(wanted, ids, n=1)
+        raise StoreError(
+            f"there is no episode {wanted}",
+            hint=f"did you mean {near[0]}?" if near else "`lrl traces list RUN` has the ids",
+        )
+    return wanted
+
+
+COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
+    "traces": (DESCRIPTION, configure, run)
+}

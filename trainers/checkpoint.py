@@ -1,0 +1,114 @@
+"""Checkpoints: a directory that is either whole or not there.
+
+DeepSpeed writes weights, optimiser and fp32 masters; `state.json` holds what the loop knows. It is written under another name,
+synced, and renamed last. A checkpoint that cannot be read is an error that names it: nothing older is taken silently.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import torch.distributed as dist
+from msgspec import Struct
+
+from lightning_rl.errors import ResumeError
+from trainers.deepspeed_engine import TrainEngine
+
+TAG = "state"
+
+
+class TrainState(Struct, frozen=True, kw_only=True):
+    """What the loop needs to go on after `step` steps."""
+
+    step: int
+    version: int
+    """Policy version that the server had after the step."""
+    world_size: int
+    history: list[dict[str, Any]] = []
+    """The metrics of every step so far: `metrics.jsonl` is cut to them."""
+    seconds: dict[str, float] = {}
+    """By stage, over all attempts at the run."""
+
+
+def checkpoint_path(directory: Path, step: int) -> Path:
+    return directory / f"step-{step:05d}"
+
+
+def save_checkpoint(engine: TrainEngine, directory: Path, state: TrainState, *, keep: int) -> None:
+    """Called on every rank; returns when the checkpoint is complete on all."""
+    target = checkpoint_path(directory, state.step)
+    scratch = target.with_name(f".{target.name}.tmp")
+    rank = dist.get_rank()
+    if rank == 0:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+    dist.barrier()
+    engine.engine.save_checkpoint(str(scratch), tag=TAG, exclude_frozen_parameters=True, save_latest=False)
+    torch.save(torch.get_rng_state(), scratch / f"rng-{rank}.pt")
+    dist.barrier()
+    if rank == 0:
+        (scratch / "state.json").write_bytes(msgspec.json.encode(state))
+        _sync(scratch)
+        shutil.rmtree(target, ignore_errors=True)
+        scratch.rename(target)
+        _sync_directory(directory)
+        for old in checkpoints(directory)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(path for path in directory.glob("step-*") if (path / "state.json").is_file())
+
+
+def read_state(checkpoint: Path) -> TrainState:
+    try:
+        return msgspec.json.decode((checkpoint / "state.json").read_bytes(), type=TrainState)
+    except (OSError, msgspec.DecodeError) as error:
+        raise _unreadable(checkpoint, error) from error
+
+
+def load_checkpoint(engine: TrainEngine, checkpoint: Path) -> None:
+    """Weights, optimiser and RNG as they were, bit for bit. Called on every rank."""
+    state = read_state(checkpoint)
+    if state.world_size != dist.get_world_size():
+        raise ResumeError(
+            f"{checkpoint} was written by {state.world_size} trainer processes, this run has {dist.get_world_size()}",
+            hint=f"resume with train.world_size={state.world_size}",
+        )
+    try:
+        path, _ = engine.engine.load_checkpoint(str(checkpoint), tag=TAG, load_module_strict=False)
+        if path is None:
+            raise FileNotFoundError(f"no DeepSpeed state in {checkpoint / TAG}")
+        torch.set_rng_state(torch.load(checkpoint / f"rng-{dist.get_rank()}.pt", weights_only=True))
+    except Exception as error:  # whatever a damaged file makes torch, pickle or DeepSpeed raise
+        raise _unreadable(checkpoint, error) from error
+
+
+def _unreadable(checkpoint: Path, error: Exception) -> ResumeError:
+    older = [path.name for path in checkpoints(checkpoint.parent) if path.name < checkpoint.name]
+    hint = "there is no older one: start a new run"
+    if older:
+        hint = f"older ones are complete: {', '.join(older)}; remove {checkpoint} to go on from {older[-1]}"
+    return ResumeError(f"checkpoint {checkpoint} cannot be read: {type(error).__name__}: {error}", hint=hint)
+
+
+def _sync(directory: Path) -> None:
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,118 @@
+"""The policy as the trainer holds it: a transformers model, a PEFT adapter on it, and a forward pass over packed rows.
+
+Attention follows the row's tree (`tree_attention`), logits are made only where a loss term looks (`token_scores`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from lightning_rl.recipe import LoraConfig
+from trainers.packing import Row
+from trainers.token_scores import token_scores
+from trainers.tree_attention import NAME as TREE_ATTENTION
+from trainers.tree_attention import Block, tree_blocks
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class RowScores(NamedTuple):
+    logprobs: Tensor
+    """fp32 [L], with gradient: log-prob of each target at the term's temperature."""
+    entropies: Tensor
+    """fp32 [L], without gradient."""
+
+
+class Policy(nn.Module):
+    """Wraps a causal language model; `forward` takes one row as tensors, see `row_tensors`."""
+
+    def __init__(self, model: Any, lora: LoraConfig | None) -> None:
+        super().__init__()
+        self.model = model
+        self.lora = lora
+
+    @property
+    def causal_lm(self) -> Any:
+        """The transformers model, adapter layers inside."""
+        return self.model.base_model.model if self.lora else self.model
+
+    def forward(
+        self, ids: Tensor, depths: Tensor, tree: list[Block], nodes: Tensor, targets: Tensor, temperatures: Tensor
+    ) -> RowScores:
+        lm = self.causal_lm
+        hidden = lm.model(
+            input_ids=ids[None], position_ids=depths[None], attention_mask=None, use_cache=False, tree=tree
+        ).last_hidden_state[0]
+        if not len(nodes):  # a row of padding takes part in the reduction with a gradient of zero
+            nothing = hidden.float().sum()[None] * 0
+            return RowScores(nothing, nothing.detach())
+        return RowScores(*token_scores(hidden[nodes], lm.lm_head.weight, targets, temperatures))
+
+
+def row_tensors(row: Row) -> dict[str, Any]:
+    """The arguments of `Policy.forward`."""
+    return {
+        "ids": torch.tensor(row.ids),
+        "depths": torch.tensor(row.depths),
+        "tree": tree_blocks(row.ends),
+        "nodes": torch.tensor(row.nodes, dtype=torch.long),
+        "targets": torch.tensor(row.targets, dtype=torch.long),
+        "temperatures": torch.tensor(row.temperatures, dtype=torch.float32),
+    }
+
+
+def load_policy(
+    model_dir: Path,
+    dtype: str,
+    lora: LoraConfig | None,
+    *,
+    seed: int,
+    start_from: Path | None = None,
+    attention: str = TREE_ATTENTION,
+) -> Policy:
+    """The base model with a fresh adapter (seeded), or with what `start_from` holds: an adapter, or full weights.
+
+    `attention` is transformers' name of an implementation; packed rows need the default.
+    """
+    if lora is None:
+        source = start_from or model_dir
+        return Policy(AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], attn_implementation=attention), None)
+    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=DTYPES[dtype], attn_implementation=attention)
+    return Policy(add_adapter(base, lora, seed=seed, start_from=start_from), lora)
+
+
+def add_adapter(base: Any, lora: LoraConfig, *, seed: int, start_from: Path | None = None) -> Any:
+    """LoRA on every linear layer, in the model's own precision (DeepSpeed keeps fp32 masters of it)."""
+    from peft import LoraConfig as PeftConfig
+    from peft import PeftModel, get_peft_model
+
+    if start_from is not None:
+        return PeftModel.from_pretrained(base, start_from, is_trainable=True, autocast_adapter_dtype=False)
+    config = PeftConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=LORA_TARGETS, task_type="CAUSAL_LM"
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_peft_model(base, config, autocast_adapter_dtype=False)
+
+
+@torch.no_grad()
+def score_sequence(policy: Policy, ids: list[int]) -> list[float]:
+    """Log-prob of ids[1:] at temperature 1, by the same forward pass that training uses."""
+    n = len(ids) - 1
+    tensors: dict[str, Any] = {
+        "ids": torch.tensor(ids[:-1]),
+        "depths": torch.arange(n),
+        "tree": tree_blocks([n] * n),
+        "nodes": torch.arange(n),
+        "targets": torch.tensor(ids[1:]),
+        "temperatures": torch.ones(n),
+    }
+    scores: RowScores = policy(**tensors)
+    return scores.logprobs.tolist()

@@ -1,0 +1,67 @@
+"""Log-prob and entropy of chosen tokens from hidden states, without keeping logits.
+
+With a vocabulary of 50,000 the logits of a row are its largest tensor by far. They are made a slice at a time, reduced at once,
+and made again in the backward pass, whose gradient is written out: for l = log softmax(z)[target] at temperature T,
+dl/dz = (onehot(target) - softmax(z)) / T.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+SLICE = 128
+
+
+class _TokenScores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
+        logprobs = torch.empty(len(targets), dtype=torch.float32)
+        entropies = torch.empty_like(logprobs)
+        normalisers = torch.empty_like(logprobs)
+        for start in range(0, len(targets), SLICE):
+            part = slice(start, start + SLICE)
+            logits = _logits(hidden[part], head, temperatures[part])
+            chosen = logits.gather(1, targets[part, None])[:, 0]
+            top = logits.amax(-1, keepdim=True)
+            weights = (logits - top).exp_()
+            total = weights.sum(-1)
+            normalisers[part] = total.log() + top[:, 0]
+            logprobs[part] = chosen - normalisers[part]
+            entropies[part] = normalisers[part] - weights.mul_(logits).sum(-1) / total
+        ctx.save_for_backward(hidden, head, targets, temperatures, normalisers)
+        ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, head, targets, temperatures, normalisers = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_head = torch.zeros(head.shape, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(targets), SLICE):
+            part = slice(start, start + SLICE)
+            logits = _logits(hidden[part], head, temperatures[part])
+            scale = grad[part] / temperatures[part]
+            d = logits.sub_(normalisers[part, None]).exp_().mul_(-scale[:, None])
+            d.scatter_add_(1, targets[part, None], scale[:, None])
+            low = d.to(head.dtype)
+            grad_hidden[part] = low @ head
+            if grad_head is not None:
+                grad_head += (low.T @ hidden[part]).float()
+        return grad_hidden, None if grad_head is None else grad_head.to(head.dtype), None, None
+
+
+def _logits(hidden: Tensor, head: Tensor, temperatures: Tensor) -> Tensor:
+    """fp32 [L, V], divided by the temperature."""
+    logits = torch.nn.functional.linear(hidden, head).float()
+    return logits if bool((temperatures == 1).all()) else logits.div_(temperatures[:, None])
+
+
+def token_scores(hidden: Tensor, head: Tensor, targets: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
+    """hidden [L, W], head [V, W], targets and temperatures [L] -> fp32 log-probs [L] (with gradient), entropies [L]."""
+    logprobs, entropies = _TokenScores.apply(hidden, head, targets, temperatures)
+    return logprobs, entropies

@@ -1,0 +1,130 @@
+"""Where figures go: `metrics.jsonl` always, W&B when the recipe asks for it.
+
+W&B never prompts and never needs a network: without a key it records offline, to be sent later by `wandb sync`.
+"""
+
+from __future__ import annotations
+
+import json
+import netrc
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from lightning_rl.episode import Episode
+from lightning_rl.errors import MissingExtra
+from trainers.run_directory import RunDirectory
+
+
+class Sink(Protocol):
+    def log(self, metrics: Mapping[str, Any], step: int) -> None: ...
+
+    def samples(self, episodes: Iterable[Episode], step: int) -> None: ...
+
+    def finish(self, summary: Mapping[str, Any]) -> None: ...
+
+
+class MetricsFile:
+    """One JSON object a line, each with its `step`. A resumed run first cuts what its checkpoint does not know of."""
+
+    def __init__(self, path: Path, *, keep_until_step: int = -1) -> None:
+        self.path = path
+        kept = []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    row = json.loads(line)
+                except ValueError:  # the last line of a killed run may be torn
+                    continue
+                if row.get("step", 0) <= keep_until_step or "stage" in row:
+                    kept.append(line)
+        scratch = path.with_name(f".{path.name}.tmp")
+        scratch.write_text("".join(f"{line}\n" for line in kept))
+        scratch.replace(path)
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.path.read_text().splitlines()]
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def samples(self, episodes: Iterable[Episode], step: int) -> None:
+        """Episodes are in the store already."""
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """The summary has a file of its own."""
+
+
+class Wandb:
+    """The run as Weights & Biases shows it, with a table of sampled episodes per step."""
+
+    def __init__(self, run: RunDirectory, project: str, mode: str, name: str, config: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise MissingExtra(
+                "tracking.wandb is set but wandb is not installed", hint="pip install 'lightning-rl[train]'"
+            ) from error
+        self._wandb = wandb
+        identity = run.path / "wandb_id"
+        if not identity.exists():
+            identity.write_text(wandb.util.generate_id())
+        self._run = wandb.init(
+            project=project,
+            name=f"{name}-{run.path.name}",
+            id=identity.read_text(),
+            resume="allow",
+            dir=run.path,
+            mode=_resolve_mode(mode),
+            config=dict(config),
+            settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
+        )
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        self._run.log(dict(_flat(metrics)), step=step)
+
+    def samples(self, episodes: Iterable[Episode], step: int) -> None:
+        table = self._wandb.Table(columns=["episode", "outcome", "rewards", "conversation", "answer"])
+        for episode in episodes:
+            rewards = {reward.name: reward.value for reward in episode.rewards}
+            table.add_data(
+                episode.id, str(episode.outcome), json.dumps(rewards), _conversation(episode), str(episode.answer)
+            )
+        self._run.log({"episodes": table}, step=step)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        self._run.summary.update(dict(_flat(summary)))
+        self._run.finish()
+
+
+def _resolve_mode(mode: str) -> Any:
+    if mode != "auto":
+        return mode
+    if os.environ.get("WANDB_MODE"):
+        return None
+    return "online" if os.environ.get("WANDB_API_KEY") or _has_netrc() else "offline"
+
+
+def _has_netrc() -> bool:
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}/")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _conversation(episode: Episode) -> str:
+    if not episode.calls:
+        return ""
+    last = episode.calls[-1]
+    messages = [*last.request.get("messages", []), last.response]
+    return "\n".join(json.dumps(message, ensure_ascii=False) for message in messages)

@@ -1,6 +1,7 @@
 """The runner's side of one attempt: what its process has said so far, what it printed last, and how it ended.
 
-It reads what is there when the selector says so and never waits. What the outcome means, and what follows, is the pool's.
+It reads what is there when the selector says so and never waits. What the outcome means, and what follows, is the
+pool's.
 """
 
 from __future__ import annotations

@@ -86,7 +86,9 @@ def init_distributed() -> None:
     """Join the process group that RANK, WORLD_SIZE and MASTER_* describe, or make one of a single process."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+        os.environ.update(
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
+        )
     os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
     _import_deepspeed().init_distributed(dist_backend="gloo", timeout=WAIT_FOR_ROLLOUTS, verbose=False)
 

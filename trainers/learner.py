@@ -33,9 +33,7 @@ class Learner:
         self._engine = TrainEngine(
             self.policy,
             recipe.model.dtype,
-            OptimiserConfig(
-                weight_decay=recipe.train.weight_decay, gradient_clipping=recipe.train.gradient_clipping
-            ),
+            OptimiserConfig(weight_decay=recipe.train.weight_decay, gradient_clipping=recipe.train.gradient_clipping),
         )
 
     def step(self, shares: Sequence[Sequence[Row]], learning_rate: float) -> dict[str, float]:

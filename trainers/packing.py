@@ -139,9 +139,7 @@ def row_cost(row: Row) -> float:
     return n + n * n / 4000
 
 
-def share_out(
-    rows: Sequence[Row], ranks: int, cost: Callable[[Row], float] = row_cost
-) -> list[list[Row]]:
+def share_out(rows: Sequence[Row], ranks: int, cost: Callable[[Row], float] = row_cost) -> list[list[Row]]:
     """The rows of each rank: balanced by cost (longest first to the least loaded), equally many, padded with empty rows.
 
     Ranks reduce gradients once a row, so that all must have the same number.

@@ -82,7 +82,9 @@ def load_policy(
     """
     if lora is None:
         source = start_from or model_dir
-        return Policy(AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], attn_implementation=attention), None)
+        return Policy(
+            AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], attn_implementation=attention), None
+        )
     base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=DTYPES[dtype], attn_implementation=attention)
     return Policy(add_adapter(base, lora, seed=seed, start_from=start_from), lora)
 

@@ -117,4 +117,3 @@ def _table(rows: list[tuple[float, int, int, int, float, float]]) -> str:
     for difference, number, position, token, ours, other in sorted(rows, reverse=True)[:8]:
         lines.append(f"  {number:>8} {position:>6} {token:>7} {ours:>10.4f} {other:>10.4f} {difference:>10.4f}")
     return "\n".join(lines)
-

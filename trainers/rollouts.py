@@ -11,10 +11,9 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lightning_rl.recipe import Recipe
-
 from lightning_rl.episode import EpisodeStart, Sampling, Task
 from lightning_rl.errors import RecipeError
+from lightning_rl.recipe import Recipe
 from trainers.runners import episode_id
 from trainers.user_code import load_function
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +31,7 @@ class Session:
     console: Console
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall-clock seconds by stage."""
+    _checks: list[Callable[[], None]] = field(default_factory=list)
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -40,9 +41,15 @@ class Session:
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - started
 
+    def watch(self, check: Callable[[], None]) -> None:
+        """Have `check` called along with the server's, while episodes are played."""
+        self._checks.append(check)
+
     def check(self) -> None:
         """Raises when something that the run needs has died."""
         self.server.check()
+        for check in self._checks:
+            check()
 
     def play(self, title: str, starts: Sequence[EpisodeStart]) -> list[EpisodeResult]:
         """Run the episodes that the store does not have yet, with progress."""
@@ -76,9 +83,7 @@ class Session:
 
 
 @contextlib.contextmanager
-def open_session(
-    recipe: Recipe, run: RunDirectory, console: Console
-) -> Iterator[Session]:
+def open_session(recipe: Recipe, run: RunDirectory, console: Console) -> Iterator[Session]:
     """Start the server on the recipe's model, with the run's store, and a pool of agent processes."""
     with contextlib.ExitStack() as stack:
         with console.stage("load model"):
@@ -106,7 +111,6 @@ def open_session(
                 agent_function=recipe.resolve_function(recipe.agent.function),
                 reward_function=recipe.resolve_function(recipe.reward.function),
                 store=store,
-                store_path=run.store,
                 server_url=server.base_url,
                 concurrency=recipe.agent.concurrency,
                 timeout_s=recipe.agent.timeout_s,

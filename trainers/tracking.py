@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import netrc
 import os
-from collections.abc import Iterable, Mapping
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,25 +27,17 @@ class Sink(Protocol):
 
 
 class MetricsFile:
-    """One JSON object a line, each with its `step`. A resumed run first cuts what its checkpoint does not know of."""
+    """One JSON object a line. A resumed run writes it anew from what its checkpoint knows, plus earlier evaluations."""
 
-    def __init__(self, path: Path, *, keep_until_step: int = -1) -> None:
+    def __init__(self, path: Path, history: Sequence[Mapping[str, Any]]) -> None:
         self.path = path
-        kept = []
+        rows = [{"step": step, **row} for step, row in enumerate(history, start=1)]
         if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    row = json.loads(line)
-                except ValueError:  # the last line of a killed run may be torn
-                    continue
-                if row.get("step", 0) <= keep_until_step or "stage" in row:
-                    kept.append(line)
+            rows += [row for row in read_rows(path) if "stage" in row and row["step"] <= len(history)]
+        rows.sort(key=lambda row: row["step"])
         scratch = path.with_name(f".{path.name}.tmp")
-        scratch.write_text("".join(f"{line}\n" for line in kept))
+        scratch.write_text("".join(json.dumps(row) + "\n" for row in rows))
         scratch.replace(path)
-
-    def rows(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.path.read_text().splitlines()]
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         with self.path.open("a") as file:
@@ -55,6 +48,12 @@ class MetricsFile:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """The summary has a file of its own."""
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The complete lines: the last one of a killed run may be torn."""
+    text = path.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 class Wandb:
@@ -70,7 +69,7 @@ class Wandb:
         self._wandb = wandb
         identity = run.path / "wandb_id"
         if not identity.exists():
-            identity.write_text(wandb.util.generate_id())
+            identity.write_text(secrets.token_hex(4))
         self._run = wandb.init(
             project=project,
             name=f"{name}-{run.path.name}",

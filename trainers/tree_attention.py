@@ -7,6 +7,7 @@ as much for a group of eight. Registered with transformers under NAME; the block
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +42,7 @@ def tree_blocks(ends: list[int]) -> list[Block]:
             cuts.append(node)
     cuts.append(n)
     last = torch.tensor(ends)
-    return [_block(start, end, parents, last) for start, end in zip(cuts, cuts[1:], strict=False)]
+    return [_block(start, end, parents, last) for start, end in itertools.pairwise(cuts)]
 
 
 def _block(start: int, end: int, parents: list[int], ends: Tensor) -> Block:
@@ -57,7 +58,8 @@ def _block(start: int, end: int, parents: list[int], ends: Tensor) -> Block:
 
 
 def _parents(ends: list[int]) -> list[int]:
-    parents, stack = [], []
+    parents: list[int] = []
+    stack: list[int] = []
     for node, end in enumerate(ends):
         while stack and ends[stack[-1]] <= node:
             stack.pop()
@@ -82,7 +84,9 @@ class _TreeAttention(torch.autograd.Function):
             scores = torch.matmul(q, key[:, block.keys].transpose(1, 2)).float().mul_(scaling)
             scores.view(kv_heads, group, *block.visible.shape).masked_fill_(~block.visible, -torch.inf)
             weights = torch.softmax(scores, dim=-1).to(query.dtype)
-            out[:, :, block.start : block.end] = torch.matmul(weights, value[:, block.keys]).view(kv_heads, group, -1, dim)
+            out[:, :, block.start : block.end] = torch.matmul(weights, value[:, block.keys]).view(
+                kv_heads, group, -1, dim
+            )
             kept.append(weights)
         ctx.tree, ctx.scaling = tree, scaling
         ctx.save_for_backward(query, key, value, out, *kept)
@@ -90,7 +94,7 @@ class _TreeAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, *kept = ctx.saved_tensors
         kv_heads, group, _, dim = query.shape
         grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)

@@ -10,10 +10,10 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI
 
+from lightning_rl.lifetime import die_with_parent
 from rollout_server.api.app import build_app
 from rollout_server.api.config import WebConfig, read_web_config
 from rollout_server.api.exchange import Services
-from lightning_rl.lifetime import die_with_parent
 
 
 class WebServer(uvicorn.Server):

@@ -15,9 +15,9 @@ from pathlib import Path
 import msgspec
 import zmq
 
+from lightning_rl.lifetime import die_with_parent
 from rollout_server import messages as m
 from rollout_server.config import EngineConfig, read_engine_config
-from lightning_rl.lifetime import die_with_parent
 from rollout_server.manager.scheduler import Sampled, Scheduler
 
 log = logging.getLogger("lrl.manager")
@@ -138,7 +138,7 @@ class Manager:
 
 
 def serve(engine: EngineConfig) -> None:
-    context = zmq.Context.instance()
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
     web, worker = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
     for socket, name in ((web, "web"), (worker, "worker")):
         socket.set_hwm(0)  # nothing is ever dropped; what is in flight is bounded by the web's admission

@@ -14,12 +14,12 @@ import torch
 import zmq
 
 from lightning_rl.errors import ModelError
+from lightning_rl.lifetime import die_with_parent
 from lightning_rl.memory import keep_freed_memory
 from rollout_server import messages as m
 from rollout_server.config import EngineConfig, read_engine_config
 from rollout_server.kernels import native, reference
 from rollout_server.kernels.interface import Kernels
-from lightning_rl.lifetime import die_with_parent
 from rollout_server.models.checksum import checksum
 from rollout_server.models.config import ModelConfig, read_config
 from rollout_server.models.decoder import load_decoder
@@ -58,7 +58,7 @@ def serve(engine: EngineConfig) -> None:
     if engine.threads:
         torch.set_num_threads(engine.threads)
     runner = build_runner(engine)
-    socket = zmq.Context.instance().socket(zmq.PAIR)
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
     socket.connect(f"ipc://{engine.ipc_dir}/worker.ipc")
     socket.send(
         m.encode(

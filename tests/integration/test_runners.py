@@ -64,6 +64,14 @@ def hangs(task):
 def nonsense(task):
     return {"a": object()}
 
+def imports_late(task):
+    was_there = "tabnanny" in sys.modules
+    import tabnanny
+    return was_there
+
+def huge_number(task):
+    return 2 ** 70
+
 def not_a_number(task):
     return float("nan")
 
@@ -112,6 +120,10 @@ def broken(task, episode):
 
 def nan(task, episode):
     return {"x": float("nan")}
+
+def hangs(task, episode):
+    import time
+    time.sleep(300)
 
 def dies(task, episode):
     import os
@@ -208,6 +220,12 @@ def test_64_episodes_at_once_never_mix(make_pool: MakePool, store: Store) -> Non
     assert len({result.answer["draw"] for result in results}) == 64
 
 
+def test_what_one_child_imports_the_next_ones_have(make_pool: MakePool) -> None:
+    pool = make_pool("imports_late")
+    assert [result.answer for result in pool.run(starts(1))] == [False]
+    assert [result.answer for result in pool.run(starts(2)[1:])] == [True]
+
+
 def test_randomness_follows_the_seed(make_pool: MakePool) -> None:
     again = [EpisodeStart(**{f: getattr(s, f) for f in s.__struct_fields__} | {"id": s.id + "b"}) for s in starts(3)]
     pool = make_pool("echo")
@@ -234,6 +252,7 @@ def test_async_and_decorated_agents(make_pool: MakePool, store: Store, agent: st
         ("vanishes", Outcome.AGENT_ERROR, ["exit code 7", "bye"]),
         ("segfaults", Outcome.INFRASTRUCTURE_ERROR, ["signal 11"]),
         ("nonsense", Outcome.AGENT_ERROR, ["not JSON", "dict"]),
+        ("huge_number", Outcome.AGENT_ERROR, ["not JSON"]),
         ("not_a_number", Outcome.AGENT_ERROR, ["not JSON"]),
         ("missing", Outcome.AGENT_ERROR, ["has no function 'missing'"]),
         ("calls_the_server", Outcome.INFRASTRUCTURE_ERROR, ["APIConnectionError"]),
@@ -291,12 +310,15 @@ def test_the_recipe_may_score_an_agent_error(make_pool: MakePool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reward", "said"), [("broken", "bad reward function"), ("nan", "finite number"), ("dies", "exit code 0")]
+    ("reward", "said"),
+    [("broken", "bad reward function"), ("nan", "finite number"), ("dies", "exit code 0"), ("hangs", "within 2 s")],
 )
 def test_a_failing_reward_function_is_not_the_agents_fault(
     make_pool: MakePool, store: Store, reward: str, said: str
 ) -> None:
-    result = one(make_pool("echo_async", reward, max_attempts=1, outcome_policy={Outcome.AGENT_ERROR: "score"}))
+    result = one(
+        make_pool("echo_async", reward, max_attempts=1, timeout_s=2.0, outcome_policy={Outcome.TIMEOUT: "score"})
+    )
     assert result.outcome is Outcome.INFRASTRUCTURE_ERROR
     assert not result.counted
     assert said in str(store.episode(result.start.id).error)

@@ -119,10 +119,10 @@ def tree_attention(
     *,
     tree: list[Block],
     scaling: float | None = None,
-    **_: Any,
+    **unused: Any,
 ) -> tuple[Tensor, None]:
     """query [1, H, N, D], key and value [1, K, N, D] -> [1, N, H, D]."""
-    _, heads, n, dim = query.shape
+    heads, n, dim = query.shape[1:]
     kv_heads = key.shape[1]
     grouped = query.reshape(kv_heads, heads // kv_heads, n, dim)
     out = _TreeAttention.apply(grouped, key[0], value[0], tree, dim**-0.5 if scaling is None else scaling)

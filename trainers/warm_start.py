@@ -53,7 +53,9 @@ def train(config: WarmStartConfig) -> None:
 
     lora = LoraConfig(**config.lora) if config.lora else None
     policy = load_policy(Path(config.model_dir), config.dtype, lora, seed=config.seed, attention="sdpa")
-    rows = [msgspec.json.decode(line, type=Demonstration) for line in Path(config.demonstrations).read_bytes().splitlines()]
+    rows = [
+        msgspec.json.decode(line, type=Demonstration) for line in Path(config.demonstrations).read_bytes().splitlines()
+    ]
     dataset = Dataset.from_dict({"input_ids": [r.ids for r in rows], "assistant_masks": [r.mask for r in rows]})
 
     class Progress(TrainerCallback):

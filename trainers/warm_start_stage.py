@@ -32,7 +32,8 @@ def warm_start(session: Session, rows: Sequence[Mapping[str, Any]]) -> None:
     renderer = Renderer(session.model_dir)
     with demonstrations.open("wb") as file:
         for row in rows:
-            ids, mask = render_demonstration(renderer, list(row["messages"]), list(row.get("tools") or []))
+            messages, tools = _without_nulls(row["messages"]), _without_nulls(row.get("tools") or [])
+            ids, mask = render_demonstration(renderer, messages, tools)
             file.write(msgspec.json.encode(Demonstration(ids, mask)) + b"\n")
     config = WarmStartConfig(
         model_dir=str(session.model_dir),
@@ -51,6 +52,13 @@ def warm_start(session: Session, rows: Sequence[Mapping[str, Any]]) -> None:
     settings.write_bytes(msgspec.json.encode(config))
     Path(config.progress).unlink(missing_ok=True)
     _run(session, settings, config)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Arrow gives every message all columns, null where it has none."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def _run(session: Session, settings: Path, config: WarmStartConfig) -> None:

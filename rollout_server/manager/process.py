@@ -53,11 +53,8 @@ class Manager:
                 self._next()
 
     def _next(self) -> None:
-        message: m.Load | m.Forward | None
-        if self.updates:
-            message = m.Load(path=self.updates[0].path, version=self.updates[0].version)
-        else:
-            message = self.scheduler.plan()
+        update = self.updates[0] if self.updates else None
+        message = m.Load(path=update.path, version=update.version) if update else self.scheduler.plan()
         if message is not None:
             self.worker.send(m.encode(message))
             self.busy = True

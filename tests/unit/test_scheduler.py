@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -70,7 +71,9 @@ requests = st.tuples(
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(requests, min_size=1, max_size=14), st.integers(7, 20), st.integers(1, 5), st.integers(2, 12), st.data())
+@given(
+    st.lists(requests, min_size=1, max_size=14), st.integers(7, 20), st.integers(1, 5), st.integers(2, 12), st.data()
+)
 def test_random_traffic(traffic: list, pages: int, max_batch: int, max_step_tokens: int, data: st.DataObject) -> None:
     scheduler = Scheduler(pages=pages, page_size=PAGE, max_batch=max_batch, max_step_tokens=max_step_tokens)
     memory = Pages()
@@ -127,9 +130,5 @@ def test_first_come_first_served() -> None:
 
 def test_a_request_that_can_never_fit_is_refused() -> None:
     scheduler = Scheduler(pages=4, page_size=PAGE, max_batch=1, max_step_tokens=16)
-    try:
+    with pytest.raises(ValueError, match="17 tokens"):
         scheduler.submit("a", [1] * 10, SamplingParams(max_tokens=7))
-    except ValueError as error:
-        assert "17 tokens" in str(error)
-    else:
-        raise AssertionError("accepted")

@@ -1,0 +1,147 @@
+import math
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_rl.algorithms.aggregation import kept_tokens, token_weights
+from lightning_rl.ledger import account
+from lightning_rl.transition import group_transitions
+from tests.unit.domain import make_call, make_episode
+from trainers.packing import PADDING, Row, pack, row_cost, share_out
+
+tokens = st.lists(st.integers(0, 2), max_size=5)
+calls = st.tuples(tokens.map(lambda prompt: [7, *prompt]), tokens, st.sampled_from([0.0, 1.0, 1.0, 0.5]))
+episodes = st.tuples(st.sampled_from([0.0, 1.0, 2.0]), st.lists(calls, max_size=3))
+groups = st.lists(st.lists(episodes, max_size=4), max_size=3)
+
+
+def step_of(groups):
+    """Episodes, transitions and what `pack` wants to know of them. The i-th sampled token of a call has log-prob -i - 1."""
+    played, transitions, group_of = [], [], {}
+    for g, group in enumerate(groups):
+        members, returns = [], {}
+        for e, (value, shapes) in enumerate(group):
+            name = f"g{g}e{e}"
+            made = [
+                make_call(
+                    prompt,
+                    sampled,
+                    id=f"{name}c{c}",
+                    episode_id=name,
+                    temperature=temperature,
+                    logprobs=[-float(i + 1) for i in range(len(sampled))],
+                )
+                for c, (prompt, sampled, temperature) in enumerate(shapes)
+            ]
+            members.append(make_episode(name, made))
+            returns |= {call.id: value for call in made}
+            group_of[name] = f"g{g}"
+        played += members
+        transitions += group_transitions(members, returns, "none")
+    return played, transitions, group_of
+
+
+def packed_step(groups, limit):
+    played, transitions, group_of = step_of(groups)
+    weights = token_weights(transitions, "token", kept_tokens(transitions, limit))
+    by_id = {call.id: call for episode in played for call in episode.calls}
+    return played, transitions, weights, pack(transitions, group_of, weights, by_id, limit)
+
+
+def prefix_in(row: Row, node: int) -> tuple[int, ...]:
+    """The ids that a node sees under the row's mask, itself included."""
+    return tuple(row.ids[k] for k in range(node + 1) if node < row.ends[k])
+
+
+def terms_in(row: Row) -> list[tuple[object, ...]]:
+    return [
+        (prefix_in(row, node), *rest)
+        for node, *rest in zip(
+            row.nodes, row.targets, row.advantages, row.weights, row.behaviour, row.temperatures, strict=True
+        )
+    ]
+
+
+@settings(deadline=None)
+@given(groups, st.integers(2, 30))
+def test_a_row_asks_for_exactly_the_terms_of_its_calls(groups, limit):
+    played, transitions, weights, packed = packed_step(groups, limit)
+    expected: Counter[tuple[object, ...]] = Counter()
+    for t in transitions:
+        sequence = (t.prompt_ids + t.sampled_ids)[:limit]
+        if t.call_id in weights:
+            expected.update(
+                (tuple(sequence[:p]), sequence[p], t.advantage, weights[t.call_id], -float(i + 1), t.temperature)
+                for i, p in enumerate(range(len(t.prompt_ids), len(sequence)))
+            )
+    assert Counter(term for row in packed.rows for term in terms_in(row)) == expected
+    account(played, transitions, packed.trees).check("packed")
+
+
+@settings(deadline=None)
+@given(groups, st.integers(2, 30))
+def test_rows_hold_each_needed_prefix_once_and_nothing_else(groups, limit):
+    *_, packed = packed_step(groups, limit)
+    for row in packed.rows:
+        assert row.nodes
+        assert len(row.ids) == len(row.depths) == len(row.ends) <= limit
+        prefixes = [prefix_in(row, node) for node in range(len(row.ids))]
+        assert len(set(prefixes)) == len(prefixes)
+        assert row.depths == [len(prefix) - 1 for prefix in prefixes]
+        needed = {prefixes[node][:length] for node in row.nodes for length in range(1, len(prefixes[node]) + 1)}
+        assert set(prefixes) == needed
+
+
+def test_what_has_no_loss_is_not_computed():
+    good, bad = make_call([1, 2], [3, 4, 5], id="a", episode_id="x"), make_call([1, 2], [9], id="b", episode_id="y")
+    greedy = make_call([8, 8, 8], [8], id="c", episode_id="y", temperature=0.0)
+    members = [make_episode("x", [good]), make_episode("y", [bad, greedy])]
+    transitions = group_transitions(members, {"a": 1.0, "b": 0.0, "c": 0.0}, "none")
+    weights = token_weights(transitions, "token")
+    packed = pack(transitions, {"x": "g", "y": "g"}, weights, {c.id: c for c in (good, bad, greedy)}, 100)
+    (row,) = packed.rows
+    assert row.ids == [1, 2, 3, 4]  # 5 and 9 end their sequences: they are targets only
+    assert row.nodes == [1, 2, 3, 1]
+    assert row.targets == [3, 4, 5, 9]
+    assert row.advantages == [0.5, 0.5, 0.5, -0.5]
+    assert row.weights == pytest.approx([1 / 4] * 4)
+
+
+def test_a_group_that_does_not_fit_is_split_by_calls_without_losing_a_token():
+    members = [
+        make_episode(f"e{i}", [make_call([1] * 6, [2 + i] * 6, id=f"c{i}", episode_id=f"e{i}")]) for i in range(6)
+    ]
+    transitions = group_transitions(members, {f"c{i}": float(i) for i in range(6)}, "none")
+    by_id = {call.id: call for episode in members for call in episode.calls}
+    packed = pack(transitions, {f"e{i}": "g" for i in range(6)}, token_weights(transitions, "token"), by_id, 20)
+    assert [len(row.nodes) for row in packed.rows] == [12, 12, 12]
+    assert all(len(row.ids) <= 20 for row in packed.rows)
+    account(members, transitions, packed.trees).check("split")
+
+
+@given(st.lists(st.integers(1, 60), max_size=12), st.integers(1, 4))
+def test_ranks_get_equally_many_rows_and_every_row_once(sizes, ranks):
+    rows = [
+        Row(
+            ids=[0] * size,
+            depths=[*range(size)],
+            ends=[size] * size,
+            nodes=[0],
+            targets=[number],
+            advantages=[1.0],
+            weights=[1.0],
+            behaviour=[0.0],
+            temperatures=[1.0],
+        )
+        for number, size in enumerate(sizes)
+    ]
+    shares = share_out(rows, ranks)
+    assert len(shares) == ranks
+    assert len({len(share) for share in shares}) == 1
+    dealt = [row for share in shares for row in share if row is not PADDING]
+    assert sorted(row.targets[0] for row in dealt) == list(range(len(sizes)))
+    loads = [math.fsum(row_cost(row) for row in share if row is not PADDING) for share in shares]
+    assert max(loads) - min(loads) <= max(map(row_cost, rows), default=0.0) + 1e-9
+    assert share_out(rows, ranks) == shares

@@ -57,8 +57,7 @@ def save_checkpoint(engine: TrainEngine, directory: Path, state: TrainState, *, 
         shutil.rmtree(target, ignore_errors=True)
         scratch.rename(target)
         _sync_directory(directory)
-        for old in checkpoints(directory)[:-keep]:
-            shutil.rmtree(old)
+        _remove(directory, checkpoints(directory)[:-keep])
     dist.barrier()
 
 
@@ -99,11 +98,21 @@ def _unreadable(checkpoint: Path, error: Exception) -> ResumeError:
     return ResumeError(f"checkpoint {checkpoint} cannot be read: {type(error).__name__}: {error}", hint=hint)
 
 
+def _remove(directory: Path, checkpoints: list[Path]) -> None:
+    """Out of sight first: one that is half gone must not look like a checkpoint."""
+    for path in checkpoints:
+        path.rename(path.with_name(f".{path.name}.old"))
+    for hidden in directory.glob(".step-*.old"):
+        shutil.rmtree(hidden)
+
+
 def _sync(directory: Path) -> None:
-    for path in directory.rglob("*"):
+    for path in [*directory.rglob("*"), directory]:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+        else:
+            _sync_directory(path)
 
 
 def _sync_directory(directory: Path) -> None:

@@ -53,7 +53,9 @@ class TrainEngine:
 
     def step(self, rows: Sequence[Any], loss_of: RowLoss, learning_rate: float) -> dict[str, float]:
         """One update from this rank's rows; every rank must bring equally many. Returns sums over all rows and ranks,
-        with `gradient_norm` before clipping."""
+        with `gradient_norm` before clipping. Without any rows there is no update: moments and weights stay."""
+        if not rows:
+            return {"gradient_norm": 0.0}
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.engine.train()
@@ -113,8 +115,10 @@ def _config(dtype: str, config: OptimiserConfig) -> dict[str, Any]:
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
         "bf16": {"enabled": dtype == "bfloat16"},
-        # Stage 1 shards fp32 masters and moments; adapters are too small for more to matter.
-        "zero_optimization": {"stage": 1},
+        # Rows are added up in fp32, here and between ranks. Stage 1 would add them in bf16, whatever is asked for.
+        "zero_optimization": {"stage": 2},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
     }
 

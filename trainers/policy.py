@@ -5,12 +5,14 @@ Attention follows the row's tree (`tree_attention`), logits are made only where 
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from lightning_rl.recipe import LoraConfig
 from trainers.packing import Row
@@ -80,13 +82,14 @@ def load_policy(
 
     `attention` is transformers' name of an implementation; packed rows need the default.
     """
+    logging.disable_progress_bar()
+    source = start_from if lora is None and start_from is not None else model_dir
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], attn_implementation=attention)
     if lora is None:
-        source = start_from or model_dir
-        return Policy(
-            AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], attn_implementation=attention), None
-        )
-    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=DTYPES[dtype], attn_implementation=attention)
-    return Policy(add_adapter(base, lora, seed=seed, start_from=start_from), lora)
+        return Policy(model, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name that is about to go
+        return Policy(add_adapter(model, lora, seed=seed, start_from=start_from), lora)
 
 
 def add_adapter(base: Any, lora: LoraConfig, *, seed: int, start_from: Path | None = None) -> Any:

@@ -77,6 +77,10 @@ def write_policy(policy: Policy, directory: Path, model_dir: Path) -> None:
         for path in model_dir.iterdir():
             if path.is_file() and path.suffix in (".json", ".jinja") and "safetensors" not in path.name:
                 shutil.copy(path, scratch)
+        config = json.loads((model_dir / "config.json").read_text())
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(policy.causal_lm.dtype).removeprefix("torch.")
+        (scratch / "config.json").write_text(json.dumps(config, indent=2))
     shutil.rmtree(directory, ignore_errors=True)
     scratch.rename(directory)
 

@@ -46,6 +46,7 @@ def resume_run(path: Path) -> int:
 def _drive(recipe: Recipe, run: RunDirectory, splits: Mapping[str, list[dict[str, Any]]]) -> int:
     """Run the stages; whatever ends them early, say how to go on."""
     keep_freed_memory()
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     go_on = f"go on with: lrl train --resume {os.path.relpath(run.path)}"
     signal.signal(signal.SIGTERM, _as_interrupt)
     with run.lock(), Console() as console:

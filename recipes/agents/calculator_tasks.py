@@ -9,6 +9,7 @@ import hashlib
 import json
 import random
 import re
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from calculator import SYSTEM, TOOLS, evaluate
@@ -70,13 +71,17 @@ def make_tasks(seed: int, train: int, warm_start: int, eval: int) -> "dict[str, 
 
 
 def score(task: "lrl.Task", episode: "lrl.Episode") -> "list[lrl.Reward]":
-    """`correct`: the last number of the answer is right. `well_formed`: the first call asked for a computable sum."""
+    """`correct`: the last number of the answer is right. On the first call, whatever came after it: `well_formed`, it
+    asked for a computable sum; `numbers`, the share of the problem's numbers that are in that sum, each as often as there.
+    """
     right = last_number(episode.answer) == task.input["answer"]
     rewards = [lrl.Reward(episode_id=episode.id, name="correct", value=float(right))]
     if episode.calls:
         first = episode.calls[0]
-        good = _well_formed(first.response)
-        rewards.append(lrl.Reward(episode_id=episode.id, name="well_formed", value=float(good), call_id=first.id))
+        expression = _expression(first.response)
+        asked, used = (Counter(re.findall(r"\d+", text or "")) for text in (task.input["question"], expression))
+        steps = {"well_formed": float(expression is not None), "numbers": (asked & used).total() / asked.total()}
+        rewards += [lrl.Reward(episode_id=episode.id, name=n, value=v, call_id=first.id) for n, v in steps.items()]
     return rewards
 
 
@@ -87,15 +92,17 @@ def last_number(answer: object) -> float | None:
     return float(numbers[-1]) if numbers else None
 
 
-def _well_formed(message: dict[str, Any]) -> bool:
+def _expression(message: dict[str, Any]) -> str | None:
+    """What the message asks the calculator for, if that can be computed."""
     calls = message.get("tool_calls") or []
     if len(calls) != 1 or calls[0]["function"]["name"] != "calculator":
-        return False
+        return None
     try:
-        evaluate(json.loads(calls[0]["function"]["arguments"])["expression"])
+        expression = json.loads(calls[0]["function"]["arguments"])["expression"]
+        evaluate(expression)
     except (ValueError, KeyError, TypeError, ZeroDivisionError):
-        return False
-    return True
+        return None
+    return str(expression)
 
 
 def _problems(split: str, size: int, seed: int) -> list[dict[str, Any]]:

@@ -233,7 +233,7 @@ def test_demonstrations_are_what_the_agent_would_have_done(mock: Mock, splits: d
 
 
 def episode(answer: Any, response: dict[str, Any] | None) -> Episode:
-    start = EpisodeStart(id="e", task=Task(id="t", input={"question": "?", "answer": 99}), phase="train")
+    start = EpisodeStart(id="e", task=Task(id="t", input={"question": "12 boxes of 7, and 15", "answer": 99}), phase="train")
     calls = [] if response is None else [
         Call(id="c", episode_id="e", index=0, model="m", prompt_ids=[1], sampled_ids=[2], logprobs=[-1.0], versions=[0],
              temperature=1.0, finish_reason="stop", response=response)
@@ -244,11 +244,13 @@ def episode(answer: Any, response: dict[str, Any] | None) -> Episode:
 @pytest.mark.parametrize(
     ("answer", "response", "expected"),
     [
-        ("99", tool_call('{"expression": "12*7+15"}'), {"correct": 1, "well_formed": 1}),
-        ("The answer is 99.", {"content": "99"}, {"correct": 1, "well_formed": 0}),
-        ("99.0", tool_call("{"), {"correct": 1, "well_formed": 0}),
-        ("99 or 84", tool_call('{"expression": "1/0"}'), {"correct": 0, "well_formed": 0}),
-        ("", tool_call('{"expression": "2"}'), {"correct": 0, "well_formed": 1}),
+        ("99", tool_call('{"expression": "12*7+15"}'), {"correct": 1, "well_formed": 1, "numbers": 1}),
+        ("84", tool_call('{"expression": "12*7"}'), {"correct": 0, "well_formed": 1, "numbers": 2 / 3}),
+        ("84", tool_call('{"expression": "12*12*12"}'), {"correct": 0, "well_formed": 1, "numbers": 1 / 3}),
+        ("The answer is 99.", {"content": "99"}, {"correct": 1, "well_formed": 0, "numbers": 0}),
+        ("99.0", tool_call("{"), {"correct": 1, "well_formed": 0, "numbers": 0}),
+        ("99 or 84", tool_call('{"expression": "1/0"}'), {"correct": 0, "well_formed": 0, "numbers": 0}),
+        ("", tool_call('{"expression": "2"}'), {"correct": 0, "well_formed": 1, "numbers": 0}),
         (None, None, {"correct": 0}),
     ],
 )
@@ -256,7 +258,7 @@ def test_score(answer: Any, response: dict[str, Any] | None, expected: dict[str,
     record = episode(answer, response)
     rewards = calculator_tasks.score(record.start.task, record)
     assert {reward.name: reward.value for reward in rewards} == expected
-    assert all((reward.call_id == "c") == (reward.name == "well_formed") for reward in rewards)
+    assert all((reward.call_id == "c") == (reward.name != "correct") for reward in rewards)
 
 
 def test_thousands_separators() -> None:

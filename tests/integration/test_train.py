@@ -1,0 +1,229 @@
+"""The circle end to end, on the smoke recipe: `lrl train` as a user starts it, killed in five places, resumed, compared."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from lightning_rl.ledger import Ledger
+from lightning_rl.store import Store
+from trainers.run_directory import RunDirectory, open_run
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "recipes" / "smoke.yaml"
+WHOLE_RUN_S = 240
+
+pytestmark = pytest.mark.timeout(900)
+
+
+def lrl(*arguments: object, cwd: Path, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "lightning_rl.cli", *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=WHOLE_RUN_S)
+    return output
+
+
+def until(process: subprocess.Popen[str], words: str) -> str:
+    """Read until a line has the words."""
+    seen = []
+    assert process.stdout is not None
+    for line in process.stdout:
+        seen.append(line)
+        if words in line:
+            return "".join(seen)
+    raise AssertionError(f"{words!r} never came:\n{''.join(seen)}")
+
+
+def descendants(pid: int) -> set[int]:
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                stat = (entry / "stat").read_text()
+            except OSError:
+                continue
+            children.setdefault(int(stat.rpartition(")")[2].split()[1]), []).append(int(entry.name))
+    found, todo = set(), [pid]
+    while todo:
+        for child in children.get(todo.pop(), []):
+            found.add(child)
+            todo.append(child)
+    return found
+
+
+def gone(pids: set[int], seconds: float = 10.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if not any(alive(pid) for pid in pids):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """A run that nobody interrupts, with W&B offline."""
+    home = tmp_path_factory.mktemp("whole")
+    process = lrl("train", RECIPE, "tracking.wandb.mode=offline", cwd=home, WANDB_MODE="offline")
+    output = finish(process)
+    assert process.returncode == 0, output
+    return open_run(home / "runs" / "smoke")
+
+
+def test_a_run_leaves_what_it_promises(whole: RunDirectory) -> None:
+    summary = json.loads(whole.summary.read_text())
+    for label in ("base", "warm_start", "final"):
+        score = summary[f"success_{label}"]
+        assert score["n"] == 4
+        assert score["ci95"][0] <= score["value"] <= score["ci95"][1]
+    assert summary["steps"] == 3
+    assert summary["seed"] == 0
+    assert {"evaluate", "warm_start", "rollout", "train", "publish"} <= summary["seconds"].keys()
+    assert summary["rollout_tokens_per_second"] > 0
+    assert summary["train_tokens_per_second"] > 0
+    rows = [json.loads(line) for line in whole.metrics.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(row["gradient_norm"] > 0 for row in rows)
+    assert all(row["logprob_gap"]["published"] < 1e-3 for row in rows)
+    assert [row["policy_version"] for row in rows] == [2, 3, 4]
+    assert whole.curve.read_bytes().startswith(b"\x89PNG")
+    assert list(whole.path.glob("wandb/offline-run-*"))
+
+
+def test_every_sampled_token_is_accounted_for(whole: RunDirectory) -> None:
+    summary = json.loads(whole.summary.read_text())
+    ledger = Ledger.from_dict(summary["ledger"])
+    ledger.check("run")
+    with Store.open(whole.store) as store:
+        calls = [call for episode in store.episodes(phase="train") for call in episode.calls]
+    assert ledger.sampled == sum(len(call.sampled_ids) for call in calls) > 0
+    assert ledger.trained > 0
+    for call in calls:
+        assert len(call.sampled_ids) == len(call.logprobs) == len(call.versions)
+
+
+def test_each_step_was_sampled_from_the_policy_before_it(whole: RunDirectory) -> None:
+    with Store.open(whole.store) as store:
+        for step in range(3):
+            versions = {v for e in store.episodes(phase="train", step=step) for c in e.calls for v in c.versions}
+            assert versions == {step + 1}
+
+
+def test_killed_five_times_and_resumed_it_is_the_same_run(whole: RunDirectory, tmp_path: Path) -> None:
+    moments = ["evaluate: base", "warm start", "step 1/3: rollout", "step 2/3: train", "step 3/3: publish"]
+    process = lrl("train", RECIPE, cwd=tmp_path)
+    for moment in moments:
+        until(process, moment)
+        time.sleep(0.3)
+        family = descendants(process.pid)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert gone(family), "a process outlived lrl"
+        process = lrl("train", "--resume", "runs/smoke", cwd=tmp_path)
+    output = finish(process)
+    assert process.returncode == 0, output
+    run = open_run(tmp_path / "runs" / "smoke")
+
+    Ledger.from_dict(json.loads(run.summary.read_text())["ledger"]).check("resumed run")
+    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3], "a step was lost or taken twice"
+    with Store.open(run.store) as store:
+        counted = [(e.start.step, e.start.task.id, e.start.sample) for e in store.episodes(phase="train") if e.counted]
+    assert len(counted) == len(set(counted)) == 3 * 2 * 4
+    ours, theirs = (load_file(r.published / "v00004" / "adapter_model.safetensors") for r in (run, whole))
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].equal(theirs[name]) for name in ours), "the resumed run has other weights"
+
+
+def test_a_dead_worker_ends_the_run_with_words_and_it_resumes(tmp_path: Path) -> None:
+    process = lrl("train", RECIPE, "warm_start=null", "train.steps=1", cwd=tmp_path)
+    until(process, "step 1/1: rollout")
+    workers = [pid for pid in descendants(process.pid) if "worker.process" in command(pid)]
+    os.kill(workers[0], signal.SIGKILL)
+    output = finish(process)
+    assert process.returncode == 2
+    assert "worker process ended with signal 9" in output
+    assert "lrl train --resume runs/smoke" in output.replace("\n", " ")
+    resumed = lrl("train", "--resume", "runs/smoke", cwd=tmp_path)
+    output = finish(resumed)
+    assert resumed.returncode == 0, output
+
+
+def command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode().replace("\0", " ")
+    except OSError:
+        return ""
+
+
+def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path: Path) -> None:
+    process = lrl("train", RECIPE, "warm_start=null", cwd=tmp_path)
+    until(process, "evaluate: base")
+    family = descendants(process.pid)
+    process.send_signal(signal.SIGINT)
+    output = finish(process)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    assert "lrl train --resume" in output
+    assert gone(family)
+
+
+def test_an_unreadable_checkpoint_is_named(whole: RunDirectory, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "runs" / "smoke" / "copy"
+    shutil.copytree(whole.path, copy, ignore=shutil.ignore_patterns("wandb"))
+    newest = sorted((copy / "checkpoints").glob("step-*"))[-1]
+    for file in newest.rglob("*.pt"):
+        file.write_bytes(b"torn")
+    process = lrl("train", "--resume", copy, cwd=tmp_path)
+    output = " ".join(finish(process).split())
+    assert process.returncode == 2
+    assert newest.name in output
+    assert "step-00002" in output, "the older complete checkpoint is not named"
+
+
+def test_two_processes_cannot_share_a_run(whole: RunDirectory, tmp_path: Path) -> None:
+    with whole.lock():
+        process = lrl("train", "--resume", whole.path, cwd=tmp_path)
+        assert "in use" in finish(process)
+        assert process.returncode == 2
+
+
+def test_a_broken_recipe_fails_before_anything_starts(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.yaml"
+    text = RECIPE.read_text().replace("agents/", f"{RECIPE.parent}/agents/").replace("learning_rate", "learning_rat", 1)
+    broken.write_text(text)
+    started = time.monotonic()
+    process = lrl("train", broken, cwd=tmp_path)
+    output = finish(process)
+    assert process.returncode == 2
+    assert "broken.yaml:" in output
+    assert "did you mean 'learning_rate'" in output
+    assert not (tmp_path / "runs").exists()
+    assert time.monotonic() - started < 20

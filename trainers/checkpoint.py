@@ -1,11 +1,13 @@
 """Checkpoints: a directory that is either whole or not there.
 
-DeepSpeed writes weights, optimiser and fp32 masters; `state.json` holds what the loop knows. It is written under another name,
+DeepSpeed writes weights, optimiser and fp32 masters; `state.json` holds what the loop knows, `files.json` a digest of
+every file. It is written under another name,
 synced, and renamed last. A checkpoint that cannot be read is an error that names it: nothing older is taken silently.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -52,7 +54,10 @@ def save_checkpoint(engine: TrainEngine, directory: Path, state: TrainState, *, 
     torch.save(torch.get_rng_state(), scratch / f"rng-{rank}.pt")
     dist.barrier()
     if rank == 0:
+        for script in scratch.glob("zero_to_*.py"):  # DeepSpeed's own exporters; ours is `lrl export`
+            script.unlink()
         (scratch / "state.json").write_bytes(msgspec.json.encode(state))
+        (scratch / "files.json").write_bytes(msgspec.json.encode(_digests(scratch)))
         _sync(scratch)
         shutil.rmtree(target, ignore_errors=True)
         scratch.rename(target)
@@ -75,6 +80,7 @@ def read_state(checkpoint: Path) -> TrainState:
 
 def load_checkpoint(engine: TrainEngine, checkpoint: Path) -> None:
     """Weights, optimiser and RNG as they were, bit for bit. Called on every rank."""
+    _check_files(checkpoint)
     state = read_state(checkpoint)
     if state.world_size != dist.get_world_size():
         raise ResumeError(
@@ -88,6 +94,27 @@ def load_checkpoint(engine: TrainEngine, checkpoint: Path) -> None:
         torch.set_rng_state(torch.load(checkpoint / f"rng-{dist.get_rank()}.pt", weights_only=True))
     except Exception as error:  # whatever a damaged file makes torch, pickle or DeepSpeed raise
         raise _unreadable(checkpoint, error) from error
+
+
+def _digests(directory: Path) -> dict[str, str]:
+    """By file name: blake2b of the contents."""
+    return {
+        str(path.relative_to(directory)): hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != "files.json"
+    }
+
+
+def _check_files(checkpoint: Path) -> None:
+    try:
+        expected = msgspec.json.decode((checkpoint / "files.json").read_bytes(), type=dict[str, str])
+        actual = _digests(checkpoint)
+    except (OSError, msgspec.DecodeError) as error:
+        raise _unreadable(checkpoint, error) from error
+    for name, digest in expected.items():
+        if actual.get(name) != digest:
+            fault = "is damaged" if name in actual else "is missing"
+            raise _unreadable(checkpoint, ValueError(f"{checkpoint / name} {fault}"))
 
 
 def _unreadable(checkpoint: Path, error: Exception) -> ResumeError:

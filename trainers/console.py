@@ -43,7 +43,9 @@ class Console:
     def say(self, line: str) -> None:
         """A line that stays. Rich markup is not interpreted: the text may come from anywhere."""
         elapsed = time.monotonic() - self._started
-        self.rich.print(f"[{int(elapsed // 60):3d}:{int(elapsed % 60):02d}] {line}", markup=False, highlight=False, soft_wrap=True)
+        self.rich.print(
+            f"[{int(elapsed // 60):3d}:{int(elapsed % 60):02d}] {line}", markup=False, highlight=False, soft_wrap=True
+        )
 
     def status(self, text: str) -> None:
         """What stands at the end of the live line: success, tokens/s, time left."""

@@ -38,6 +38,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.lora = lora
+        self.register_state_dict_post_hook(_drop_aliases)
 
     @property
     def causal_lm(self) -> Any:
@@ -55,6 +56,13 @@ class Policy(nn.Module):
             nothing = hidden.float().sum()[None] * 0
             return RowScores(nothing, nothing.detach())
         return RowScores(*token_scores(hidden[nodes], lm.lm_head.weight, targets, temperatures))
+
+
+def _drop_aliases(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """A tied head is the embedding under a second name: DeepSpeed would save it beside the adapter, frozen as it is."""
+    names = {prefix + name for name, _ in [*module.named_parameters(), *module.named_buffers()]}
+    for name in [name for name in state if name not in names]:
+        del state[name]
 
 
 def row_tensors(row: Row) -> dict[str, Any]:

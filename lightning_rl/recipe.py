@@ -277,6 +277,24 @@ class Recipe(Section):
 
     _source: Path = PrivateAttr()
 
+    @model_validator(mode="after")
+    def _success_is_a_reward(self) -> Self:
+        weights, success = self.reward.weights, self.evaluate.success
+        if success is None and not weights:
+            raise ValueError(
+                "evaluate.success must name the reward that says a task was solved, or reward.weights be given"
+            )
+        if success is not None and weights and success not in weights:
+            raise ValueError(
+                f"evaluate.success: {success!r} is not in reward.weights{did_you_mean(success, [*weights])}"
+            )
+        return self
+
+    @property
+    def success_reward(self) -> str:
+        """Name of the reward that says whether a task was solved."""
+        return self.evaluate.success or next(iter(self.reward.weights))
+
     @property
     def source(self) -> Path:
         """The file that the recipe was loaded from."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import http.client
 import json
+import queue
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -11,12 +14,16 @@ from urllib.parse import urlsplit
 from lightning_rl.errors import ServerError
 
 TIMEOUT_S = 600.0
+CHECK_S = 0.5
 
 
 class AdminClient:
-    def __init__(self, base_url: str, key: str) -> None:
+    """`check` is called twice a second while an answer is awaited; what it raises ends the wait."""
+
+    def __init__(self, base_url: str, key: str, check: Callable[[], None] = lambda: None) -> None:
         self._address = urlsplit(base_url)
         self._key = key
+        self._check = check
 
     def update_weights(self, path: Path | str, version: int) -> str:
         """Checksum of the tensors that the server now samples from. Raises ServerError if it refused them."""
@@ -34,6 +41,27 @@ class AdminClient:
         self._ask("GET", "/health", timeout=timeout)
 
     def _ask(self, method: str, path: str, body: Any = None, timeout: float = TIMEOUT_S) -> dict[str, Any]:
+        answers: queue.Queue[dict[str, Any] | ServerError] = queue.Queue()
+
+        def ask() -> None:
+            try:
+                answers.put(self._exchange(method, path, body, timeout))
+            except ServerError as error:
+                answers.put(error)
+
+        threading.Thread(target=ask, daemon=True).start()
+        while True:
+            try:
+                answer = answers.get(timeout=CHECK_S)
+            except queue.Empty:
+                self._check()
+                continue
+            if isinstance(answer, ServerError):
+                self._check()  # a process that died says more than a connection that broke
+                raise answer
+            return answer
+
+    def _exchange(self, method: str, path: str, body: Any, timeout: float) -> dict[str, Any]:
         assert self._address.hostname is not None
         connection = http.client.HTTPConnection(self._address.hostname, self._address.port, timeout=timeout)
         headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}

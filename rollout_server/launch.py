@@ -125,7 +125,7 @@ class RolloutServer:
                 )
 
     def admin(self) -> AdminClient:
-        return AdminClient(self.base_url, self.admin_key)
+        return AdminClient(self.base_url, self.admin_key, self.check)
 
     def log_file(self, name: str) -> Path:
         """Log of `web`, `manager` or `worker`."""

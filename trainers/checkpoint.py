@@ -33,8 +33,6 @@ class TrainState(Struct, frozen=True, kw_only=True):
     world_size: int
     history: list[dict[str, Any]] = []
     """The metrics of every step so far: `metrics.jsonl` is cut to them."""
-    seconds: dict[str, float] = {}
-    """By stage, over all attempts at the run."""
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
@@ -85,7 +83,7 @@ def load_checkpoint(engine: TrainEngine, checkpoint: Path) -> None:
     if state.world_size != dist.get_world_size():
         raise ResumeError(
             f"{checkpoint} was written by {state.world_size} trainer processes, this run has {dist.get_world_size()}",
-            hint=f"resume with train.world_size={state.world_size}",
+            hint=f"set train.world_size to {state.world_size} in the run's recipe.yaml",
         )
     try:
         path, _ = engine.engine.load_checkpoint(str(checkpoint), tag=TAG, load_module_strict=False)

@@ -24,6 +24,7 @@ RowLoss = Callable[[nn.Module, Any], tuple[Tensor, dict[str, float]]]
 
 WAIT_FOR_ROLLOUTS = timedelta(hours=24)
 """Ranks without a console wait for rank 0, which waits for agents."""
+COLLECTIVE_TIMEOUT = timedelta(minutes=15)
 
 
 class OptimiserConfig(Struct, frozen=True, kw_only=True):
@@ -92,7 +93,7 @@ def init_distributed() -> None:
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
         )
     os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
-    _import_deepspeed().init_distributed(dist_backend="gloo", timeout=WAIT_FOR_ROLLOUTS, verbose=False)
+    _import_deepspeed().init_distributed(dist_backend="gloo", timeout=COLLECTIVE_TIMEOUT, verbose=False)
 
 
 def leave_distributed() -> None:

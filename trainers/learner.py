@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_rl.algorithms.grpo import grpo_loss
 from lightning_rl.recipe import Objective, Recipe, Train
 from trainers import checkpoint
-from trainers.deepspeed_engine import OptimiserConfig, TrainEngine
+from trainers.deepspeed_engine import WAIT_FOR_ROLLOUTS, OptimiserConfig, TrainEngine
 from trainers.packing import Row
 from trainers.policy import Policy, RowScores, load_policy, row_tensors
 
@@ -27,6 +27,8 @@ class Learner:
 
     def __init__(self, recipe: Recipe, model_dir: Path, start_from: Path | None) -> None:
         self._objective = recipe.train.objective
+        # Between steps the other ranks wait for rank 0, and rank 0 waits for agents.
+        self._control = dist.new_group(timeout=WAIT_FOR_ROLLOUTS)
         self.policy: Policy = load_policy(
             model_dir, recipe.model.dtype, recipe.train.lora, seed=recipe.seed, start_from=start_from
         )
@@ -58,13 +60,13 @@ class Learner:
 
     def _tell(self, method: str, *arguments: Any) -> None:
         if dist.get_world_size() > 1 and dist.get_rank() == 0:
-            dist.broadcast_object_list([(method, arguments)], src=0)
+            dist.broadcast_object_list([(method, arguments)], src=0, group=self._control)
 
     def follow(self) -> None:
         """The life of a rank other than 0: do what rank 0 does."""
         while True:
             told: list[Any] = [None]
-            dist.broadcast_object_list(told, src=0)
+            dist.broadcast_object_list(told, src=0, group=self._control)
             method, arguments = told[0]
             getattr(self, method)(*arguments)
             if method == "stop":

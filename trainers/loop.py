@@ -56,7 +56,9 @@ def train(
     publish_policy(session, learner, state.version, known_sequences(session))
     evaluation_seconds = session.seconds.get("evaluate", 0.0)
     for step in range(state.step, recipe.train.steps):
-        started = time.monotonic()
+        if step and recipe.evaluate.every and step % recipe.evaluate.every == 0:
+            evaluate(session, tasks["eval"], f"step-{step}", sinks, step)
+        started, started_at = time.monotonic(), time.time()
         console.status(_time_left(state, recipe, evaluation_seconds))
         with session.timed("rollout"):
             session.play(f"step {step + 1}/{recipe.train.steps}: rollout", train_starts(recipe, tasks["train"], step))
@@ -69,26 +71,20 @@ def train(
         version = state.version + 1
         with session.timed("publish"), console.stage(f"step {step + 1}/{recipe.train.steps}: publish"):
             gap = publish_policy(session, learner, version, _some_sequences(data.counted))
-        metrics = _metrics(session, data, sums, gap, version, rolled - started, trained - rolled)
+        metrics = _metrics(recipe, data, sums, gap, version, started_at, rolled - started, trained - rolled)
         state = TrainState(
             step=step + 1,
             version=version,
             world_size=recipe.train.world_size,
             history=[*state.history, metrics],
-            seconds={**session.seconds},
         )
+        for sink in sinks:  # before the checkpoint: a line too many is cut on resume, a missing one would stay missing
+            sink.log(metrics, state.step)
+            sink.samples(data.counted[: recipe.train.samples_per_task], state.step)
         if state.step % recipe.train.checkpoint_every == 0 or state.step == recipe.train.steps:
             with session.timed("checkpoint"):
                 learner.save(session.run.checkpoints, state, recipe.train.keep_checkpoints)
-        for sink in sinks:
-            sink.log(metrics, state.step)
-            sink.samples(data.counted[: recipe.train.samples_per_task], state.step)
         console.say(_line(metrics, recipe, time.monotonic() - started))
-        every = recipe.evaluate.every
-        if every and state.step % every == 0 and state.step < recipe.train.steps:
-            result = evaluate(session, tasks["eval"], f"step-{state.step}")
-            for sink in sinks:
-                sink.log({"stage": f"eval-step-{state.step}", "success": result.value}, state.step)
     return state
 
 
@@ -123,14 +119,17 @@ def publish_policy(session: Session, learner: Learner, version: int, sequences: 
     directory = session.run.published / f"v{version:05d}"
     admin = session.server.admin()
     publish(learner.policy, admin, directory, version, session.model_dir)
-    for old in sorted(session.run.published.glob("v*"))[:-2]:
-        shutil.rmtree(old)
+    for other in session.run.published.glob("v*"):
+        if not version - 1 <= int(other.name[1:]) <= version:  # later ones are of a checkpoint that was given up
+            shutil.rmtree(other)
     bound = session.recipe.publish.max_logprob_gap or DEFAULT_GAP[session.recipe.model.dtype]
     return compare(learner.policy, admin, sequences, bound)
 
 
-def evaluate(session: Session, tasks: Sequence[Task], label: str) -> Score:
+def evaluate(session: Session, tasks: Sequence[Task], label: str, sinks: Sequence[Sink], step: int) -> Score:
     result = session.evaluate(label, eval_starts(session.recipe, tasks, label))
+    for sink in sinks:
+        sink.evaluation(label, result, step)
     session.console.say(f"success {label.replace('_', ' ')}: {result} on {result.n} held-out tasks")
     return result
 
@@ -160,11 +159,12 @@ def _some_sequences(episodes: Sequence[Episode]) -> list[list[int]]:
 
 
 def _metrics(
-    session: Session,
+    recipe: Recipe,
     data: StepData,
     sums: Mapping[str, float],
     gap: Gap,
     version: int,
+    started_at: float,
     rollout_seconds: float,
     train_seconds: float,
 ) -> dict[str, Any]:
@@ -172,6 +172,7 @@ def _metrics(
     mean = {name: sums.get(name, 0.0) / tokens for name in ("entropy", "clip_fraction", "ratio", "tis", "gap")}
     calls = [call for episode in data.counted for call in episode.calls]
     sampled = [len(call.sampled_ids) for episode in data.episodes for call in episode.calls]
+    fresh = sum(len(c.sampled_ids) for e in data.episodes if e.start.started_at >= started_at for c in e.calls)
     names = sorted({reward.name for episode in data.counted for reward in episode.rewards})
     computed = sum(len(row.ids) for row in data.packed.rows)
     groups = {episode.start.group for episode in data.counted}
@@ -182,7 +183,7 @@ def _metrics(
     for episode in data.episodes:
         outcomes[str(episode.outcome)] += 1
     return {
-        "success": score(success_values(data.counted, session.success_name())).value if data.counted else 0.0,
+        "success": score(success_values(data.counted, recipe.success_reward)).value,
         "reward": {name: score(success_values(data.counted, name)).value for name in names},
         "kl": sums.get("kl_behaviour", 0.0) / tokens,
         "loss": sums.get("loss", 0.0),
@@ -197,8 +198,8 @@ def _metrics(
         "outcomes": dict(outcomes),
         "groups": {"all": len(groups), "trained": len(trained_groups)},
         "ledger": data.ledger.to_dict(),
-        "tokens": {"computed": computed, "sampled": sum(sampled)},
-        "rollout_tokens_per_second": sum(sampled) / rollout_seconds,
+        "tokens": {"computed": computed, "sampled": sum(sampled), "sampled_now": fresh},
+        "rollout_tokens_per_second": fresh / rollout_seconds,
         "train_tokens_per_second": computed / train_seconds,
         "seconds": {"rollout": rollout_seconds, "train": train_seconds},
         "policy_version": version,

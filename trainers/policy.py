@@ -53,7 +53,7 @@ class Policy(nn.Module):
             input_ids=ids[None], position_ids=depths[None], attention_mask=None, use_cache=False, tree=tree
         ).last_hidden_state[0]
         if not len(nodes):  # a row of padding takes part in the reduction with a gradient of zero
-            nothing = hidden.float().sum()[None] * 0
+            nothing = (hidden.float().sum() + lm.lm_head.weight.float().sum())[None] * 0
             return RowScores(nothing, nothing.detach())
         return RowScores(*token_scores(hidden[nodes], lm.lm_head.weight, targets, temperatures))
 

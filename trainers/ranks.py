@@ -1,6 +1,7 @@
 """The other trainer processes: rank 0 is `lrl` itself and starts them; they follow it (`Learner.follow`).
 
-Ranks that an outside launcher has started (RANK is set) are left as they are.
+Collectives cannot be interrupted: when a rank dies, rank 0 may be waiting for it inside one. A watcher thread then says so and
+ends the process; everything that was finished is on disk.
 """
 
 from __future__ import annotations
@@ -8,15 +9,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import TracebackType
 
 import msgspec
+import torch
 from msgspec import Struct
 
 from lightning_rl.errors import LightningError
 from lightning_rl.lifetime import die_with_parent
 from lightning_rl.memory import keep_freed_memory
+
+EXIT_S = 30.0
 
 
 class RankConfig(Struct, frozen=True, kw_only=True):
@@ -29,22 +34,32 @@ class RankConfig(Struct, frozen=True, kw_only=True):
 class Ranks:
     """A context manager around ranks 1 … n-1. Sets this process's own rank in the environment."""
 
-    def __init__(self, world_size: int, config: RankConfig, log_dir: Path) -> None:
-        self._world_size, self._config, self._log_dir = world_size, config, log_dir
+    def __init__(self, world_size: int, config: RankConfig, log_dir: Path, go_on: str) -> None:
+        self._world_size, self._config, self._log_dir, self._go_on = world_size, config, log_dir, go_on
+        self._leaving = threading.Event()
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Ranks:
         from trainers.deepspeed_engine import free_port
 
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise LightningError(
+                "lrl was started by a launcher, with WORLD_SIZE set",
+                hint="start `lrl train` once: it starts its ranks itself, as many as train.world_size",
+            )
         shared = {"WORLD_SIZE": str(self._world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         os.environ.update(shared, RANK="0", LOCAL_RANK="0")
+        if self._world_size > 1:
+            threads = max(1, (os.cpu_count() or 1) // self._world_size)
+            shared["OMP_NUM_THREADS"] = str(threads)
+            torch.set_num_threads(threads)
         settings = self._log_dir / "ranks.json"
         settings.write_bytes(msgspec.json.encode(self._config))
         for rank in range(1, self._world_size):
             with (self._log_dir / f"rank-{rank}.log").open("ab") as log:
                 self._processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "trainers.ranks", str(settings)],
+                        [sys.executable, "-P", "-m", "trainers.ranks", str(settings)],
                         env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                         stdin=subprocess.DEVNULL,
                         stdout=log,
@@ -52,24 +67,37 @@ class Ranks:
                         start_new_session=True,
                     )
                 )
+        threading.Thread(target=self._watch, name="rank-watcher", daemon=True).start()
         return self
 
-    def check(self) -> None:
-        """Raises LightningError if a rank has ended."""
-        for rank, process in enumerate(self._processes, start=1):
-            if process.poll() is not None:
-                raise LightningError(
-                    f"trainer rank {rank} ended with code {process.returncode}",
-                    hint=f"its log is {self._log_dir / f'rank-{rank}.log'}",
-                )
+    def _watch(self) -> None:
+        while not self._leaving.wait(1.0):
+            for rank, process in enumerate(self._processes, start=1):
+                if process.poll() is not None and not self._leaving.is_set():
+                    log = self._log_dir / f"rank-{rank}.log"
+                    print(
+                        f"lrl: trainer rank {rank} ended with code {process.returncode}; its log is {log}\n     {self._go_on}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                    os._exit(2)
+
+    def leave(self) -> None:
+        """The ranks are about to end as they should."""
+        self._leaving.set()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._leaving.set()
         for process in self._processes:
             if kind is not None:
                 process.kill()
-            process.wait()
+            try:
+                process.wait(EXIT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def main(config: RankConfig) -> None:

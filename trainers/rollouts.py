@@ -7,6 +7,7 @@ runner pool skips those that the store has already.
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -43,6 +44,11 @@ def load_tasks(recipe: Recipe) -> dict[str, list[dict[str, Any]]]:
             hint="lower evaluate.tasks, or ask for more in tasks.arguments",
         )
     return splits
+
+
+def tasks_digest(splits: Mapping[str, list[dict[str, Any]]]) -> str:
+    """Equal exactly when the tasks are: what a resumed run compares."""
+    return hashlib.blake2b(json.dumps(splits, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
 def as_tasks(rows: Iterable[Mapping[str, Any]]) -> list[Task]:

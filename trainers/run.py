@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from lightning_rl.episode import Task
 from lightning_rl.errors import LightningError, ResumeError
 from lightning_rl.memory import keep_freed_memory
 from lightning_rl.recipe import Recipe, load_recipe
@@ -22,7 +23,7 @@ from trainers.console import Console, duration
 from trainers.curve import plot_curve
 from trainers.evaluation import Score
 from trainers.ranks import RankConfig, Ranks
-from trainers.rollouts import as_tasks, eval_starts, load_tasks
+from trainers.rollouts import as_tasks, eval_starts, load_tasks, tasks_digest
 from trainers.run_directory import RunDirectory, create_run, open_run, write_json
 from trainers.session import Session, open_session
 from trainers.tracking import MetricsFile, Sink, Wandb
@@ -34,13 +35,20 @@ def start_run(recipe_path: Path, overrides: Sequence[str]) -> int:
     splits = load_tasks(recipe)
     run = create_run(Path(recipe.runs_dir), recipe.name)
     run.recipe.write_text(recipe.to_yaml())
+    run.tasks_digest.write_text(tasks_digest(splits))
     return _drive(recipe, run, splits)
 
 
 def resume_run(path: Path) -> int:
     run = open_run(path)
     recipe = load_recipe(run.recipe)
-    return _drive(recipe, run, load_tasks(recipe))
+    splits = load_tasks(recipe)
+    if run.tasks_digest.exists() and run.tasks_digest.read_text() != tasks_digest(splits):
+        raise ResumeError(
+            f"{recipe.tasks.function} makes other tasks than when the run started",
+            hint="restore the file, or start a new run: old and new episodes must not be mixed",
+        )
+    return _drive(recipe, run, splits)
 
 
 def _drive(recipe: Recipe, run: RunDirectory, splits: Mapping[str, list[dict[str, Any]]]) -> int:
@@ -58,8 +66,16 @@ def _drive(recipe: Recipe, run: RunDirectory, splits: Mapping[str, list[dict[str
             return 130
         except LightningError as error:
             raise type(error)(str(error), hint="; ".join(filter(None, [error.hint, go_on]))) from error
-        except OSError as error:
-            raise LightningError(f"{type(error).__name__}: {error}", hint=go_on) from error
+        except Exception as error:  # a full disk has many names; whatever it was, the run can go on
+            trace = run.logs / "error.txt"
+            with contextlib.suppress(OSError):
+                trace.write_text(traceback.format_exc())
+            raise LightningError(
+                f"{type(error).__name__}: {error}", hint=f"the traceback is in {os.path.relpath(trace)}; {go_on}"
+            ) from error
+    if recipe.train.world_size > 1:
+        sys.stdout.flush()
+        os._exit(0)  # gloo can abort on an orderly exit, after all the work is done
     return 0
 
 
@@ -72,8 +88,9 @@ def _stages(recipe: Recipe, run: RunDirectory, splits: Mapping[str, list[dict[st
     found = checkpoints(run.checkpoints)
     state = read_state(found[-1]) if found else None
     with open_session(recipe, run, console) as session, _sinks(recipe, run, state) as sinks:
-        session.seconds.update(dict(state.seconds) if state else {})
-        scores = {"base": (0, _evaluate_once(session, tasks["eval"], "base", has_run=state is not None))}
+        # The base model can only be measured before the first publish: a resumed run has it in the store.
+        base = session.evaluation("base") if state else loop.evaluate(session, tasks["eval"], "base", sinks, 0)
+        scores = {"base": (0, base)}
         if recipe.warm_start:
             with session.timed("warm_start"):
                 warm_start(session, splits["warm_start"])
@@ -82,19 +99,12 @@ def _stages(recipe: Recipe, run: RunDirectory, splits: Mapping[str, list[dict[st
             state = loop.resume_point(session, learner, found[-1] if found else None)
             if recipe.warm_start and not found:
                 loop.publish_policy(session, learner, state.version, loop.known_sequences(session))
-                scores["warm_start"] = (0, loop.evaluate(session, tasks["eval"], "warm_start"))
+                scores["warm_start"] = (0, loop.evaluate(session, tasks["eval"], "warm_start", sinks, 0))
             elif recipe.warm_start:
                 scores["warm_start"] = (0, session.evaluation("warm_start"))
             state = loop.train(session, learner, tasks, sinks, state)
-            scores["final"] = (state.step, loop.evaluate(session, tasks["eval"], "final"))
+            scores["final"] = (state.step, loop.evaluate(session, tasks["eval"], "final", sinks, state.step))
         _finish(session, state, scores, sinks)
-
-
-def _evaluate_once(session: Session, tasks: Sequence[Task], label: str, *, has_run: bool) -> Score:
-    """The base model can only be measured before the first publish: a resumed run has it in the store."""
-    if has_run:
-        return session.evaluation(label)
-    return loop.evaluate(session, tasks, label)
 
 
 @contextlib.contextmanager
@@ -112,11 +122,12 @@ def _learner(session: Session, start_from: Path | None) -> Iterator[Any]:
                 start_from=str(start_from) if start_from else None,
                 parent_pid=os.getpid(),
             )
-            ranks = stack.enter_context(Ranks(recipe.train.world_size, config, run.logs))
-            session.watch(ranks.check)
+            go_on = f"go on with: lrl train --resume {os.path.relpath(run.path)}"
+            ranks = stack.enter_context(Ranks(recipe.train.world_size, config, run.logs, go_on))
             init_distributed()
             learner = Learner(recipe, session.model_dir, start_from)
         yield learner
+        ranks.leave()
         learner.stop()
         leave_distributed()
 
@@ -128,7 +139,14 @@ def _sinks(recipe: Recipe, run: RunDirectory, state: TrainState | None) -> Itera
     if recipe.tracking.wandb:
         wandb = recipe.tracking.wandb
         sinks.append(Wandb(run, wandb.project, wandb.mode, recipe.name, recipe.model_dump(mode="json")))
-    yield sinks
+    try:
+        yield sinks
+    except BaseException:
+        for sink in sinks:
+            sink.close(failed=True)
+        raise
+    for sink in sinks:
+        sink.close(failed=False)
 
 
 def _finish(
@@ -136,7 +154,7 @@ def _finish(
 ) -> None:
     run, recipe, console = session.run, session.recipe, session.console
     rows = [{"step": i, **row} for i, row in enumerate(state.history, start=1)]
-    sampled = sum(row["tokens"]["sampled"] for row in rows)
+    sampled = sum(row["tokens"]["sampled_now"] for row in rows)
     computed = sum(row["tokens"]["computed"] for row in rows)
     ledger = loop.total_ledger(state.history)
     ledger.check("the run")
@@ -156,7 +174,7 @@ def _finish(
         sink.finish(summary)
     names = {"base": "the model as it was", "warm_start": "after the warm start", "final": "after RL"}
     console.table(
-        f"{session.success_name()} on {recipe.evaluate.tasks} held-out tasks, greedy",
+        f"{recipe.success_reward} on {recipe.evaluate.tasks} held-out tasks, greedy",
         ["policy", "success", "95 % interval"],
         [
             [names[label], f"{result.value:.3f}", f"{result.ci95[0]:.3f} … {result.ci95[1]:.3f}"]

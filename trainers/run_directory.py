@@ -26,6 +26,10 @@ class RunDirectory:
         return self.path / "recipe.yaml"
 
     @property
+    def tasks_digest(self) -> Path:
+        return self.path / "tasks.digest"
+
+    @property
     def store(self) -> Path:
         return self.path / "episodes.db"
 
@@ -48,6 +52,10 @@ class RunDirectory:
     @property
     def summary(self) -> Path:
         return self.path / "summary.json"
+
+    @property
+    def seconds(self) -> Path:
+        return self.path / "seconds.json"
 
     @property
     def curve(self) -> Path:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_rl.episode import Episode, EpisodeStart, Outcome
-from lightning_rl.errors import RecipeError
+from lightning_rl.errors import LightningError
 from lightning_rl.recipe import Recipe
 from lightning_rl.store import Store
 from rollout_server.launch import RolloutServer
 from rollout_server.models.catalog import resolve_model
 from trainers.console import Console
 from trainers.evaluation import Score, last_attempts, score, success_values
-from trainers.run_directory import RunDirectory
+from trainers.run_directory import RunDirectory, write_json
 from trainers.runners import EpisodeResult, RunnerPool
 
 
@@ -29,9 +31,8 @@ class Session:
     server: RolloutServer
     pool: RunnerPool
     console: Console
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Wall-clock seconds by stage."""
-    _checks: list[Callable[[], None]] = field(default_factory=list)
+    seconds: dict[str, float]
+    """Wall-clock seconds by stage, over all attempts at the run."""
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -40,31 +41,27 @@ class Session:
             yield
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - started
-
-    def watch(self, check: Callable[[], None]) -> None:
-        """Have `check` called along with the server's, while episodes are played."""
-        self._checks.append(check)
-
-    def check(self) -> None:
-        """Raises when something that the run needs has died."""
-        self.server.check()
-        for check in self._checks:
-            check()
+            write_json(self.run.seconds, self.seconds)
 
     def play(self, title: str, starts: Sequence[EpisodeStart]) -> list[EpisodeResult]:
-        """Run the episodes that the store does not have yet, with progress."""
-        with self.console.stage(title, total=len(starts)) as stage:
-            return self.pool.run(starts, on_end=lambda _: stage.advance(), check=self.check)
+        """Run the episodes that the store does not have yet, with progress.
 
-    def success_name(self) -> str:
-        """The reward that says whether a task was solved."""
-        name = self.recipe.evaluate.success or next(iter(self.recipe.reward.weights), None)
-        if name is None:
-            raise RecipeError(
-                f"{self.recipe.source}: evaluate.success: which reward says that a task was solved?",
-                hint="name it there, or give reward.weights (then it is the first)",
+        Raises LightningError when none of them counts: there is nothing to learn from a run in which nothing works.
+        """
+        with self.console.stage(title, total=len(starts)) as stage:
+            results = self.pool.run(starts, on_end=lambda _: stage.advance(), check=self.server.check)
+        failed = [result for result in results if not result.counted]
+        if failed and len(failed) == len(results):
+            first = failed[0]
+            raise LightningError(
+                f"{title}: none of {len(results)} episodes counts; the first, {first.start.id}, ended with "
+                f"{first.outcome}:\n{first.error}",
+                hint=f"all of them: lrl traces list {self.run.path}",
             )
-        return name
+        if failed:
+            counts = Counter(str(result.outcome) for result in failed)
+            self.console.say(f"{title}: not counted: {', '.join(f'{n} {outcome}' for outcome, n in counts.items())}")
+        return results
 
     def evaluate(self, label: str, starts: Sequence[EpisodeStart]) -> Score:
         """Greedy success on held-out tasks under the server's present policy."""
@@ -75,7 +72,7 @@ class Session:
     def evaluation(self, label: str) -> Score:
         """The score of an evaluation whose episodes are in the store."""
         episodes = last_attempts(self.store.episodes(phase=f"eval-{label}"))
-        return score(success_values(episodes, self.success_name()))
+        return score(success_values(episodes, self.recipe.success_reward))
 
     def episodes(self, phase: str, step: int) -> list[Episode]:
         """All attempts, counted or not."""
@@ -85,6 +82,8 @@ class Session:
 @contextlib.contextmanager
 def open_session(recipe: Recipe, run: RunDirectory, console: Console) -> Iterator[Session]:
     """Start the server on the recipe's model, with the run's store, and a pool of agent processes."""
+    seconds = json.loads(run.seconds.read_text()) if run.seconds.exists() else {}
+    started = time.monotonic()
     with contextlib.ExitStack() as stack:
         with console.stage("load model"):
             model_dir = resolve_model(recipe.model.name)
@@ -118,4 +117,5 @@ def open_session(recipe: Recipe, run: RunDirectory, console: Console) -> Iterato
                 outcome_policy={outcome: getattr(outcomes, outcome.value) for outcome in Outcome},
             )
         )
-        yield Session(recipe, run, model_dir, store, server, pool, console)
+        seconds["start"] = seconds.get("start", 0.0) + time.monotonic() - started
+        yield Session(recipe, run, model_dir, store, server, pool, console, seconds)

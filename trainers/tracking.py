@@ -14,16 +14,21 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lightning_rl.episode import Episode
-from lightning_rl.errors import MissingExtra
+from lightning_rl.errors import LightningError, MissingExtra
+from trainers.evaluation import Score
 from trainers.run_directory import RunDirectory
 
 
 class Sink(Protocol):
     def log(self, metrics: Mapping[str, Any], step: int) -> None: ...
 
+    def evaluation(self, label: str, score: Score, step: int) -> None: ...
+
     def samples(self, episodes: Iterable[Episode], step: int) -> None: ...
 
     def finish(self, summary: Mapping[str, Any]) -> None: ...
+
+    def close(self, *, failed: bool) -> None: ...
 
 
 class MetricsFile:
@@ -33,7 +38,7 @@ class MetricsFile:
         self.path = path
         rows = [{"step": step, **row} for step, row in enumerate(history, start=1)]
         if path.exists():
-            rows += [row for row in read_rows(path) if "stage" in row and row["step"] <= len(history)]
+            rows += [row for row in read_rows(path) if "evaluation" in row and row["step"] <= len(history)]
         rows.sort(key=lambda row: row["step"])
         scratch = path.with_name(f".{path.name}.tmp")
         scratch.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -43,11 +48,19 @@ class MetricsFile:
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
 
+    def evaluation(self, label: str, score: Score, step: int) -> None:
+        """A line with `evaluation` instead of a step's metrics; once for each label, however often the run is resumed."""
+        if all(row.get("evaluation") != label for row in read_rows(self.path)):
+            self.log({"evaluation": label, "success": score.value, "ci95": score.ci95, "n": score.n}, step)
+
     def samples(self, episodes: Iterable[Episode], step: int) -> None:
         """Episodes are in the store already."""
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """The summary has a file of its own."""
+
+    def close(self, *, failed: bool) -> None:
+        """Every line is flushed as it is written."""
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -70,19 +83,30 @@ class Wandb:
         identity = run.path / "wandb_id"
         if not identity.exists():
             identity.write_text(secrets.token_hex(4))
-        self._run = wandb.init(
-            project=project,
-            name=f"{name}-{run.path.name}",
-            id=identity.read_text(),
-            resume="allow",
-            dir=run.path,
-            mode=_resolve_mode(mode),
-            config=dict(config),
-            settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
-        )
+        if mode == "online" and not _has_key():
+            raise LightningError(
+                "tracking.wandb.mode is online, but there is no W&B key",
+                hint="set WANDB_API_KEY or run `wandb login`; mode auto records offline without one",
+            )
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=f"{name}-{run.path.name}",
+                id=identity.read_text(),
+                resume="allow",
+                dir=run.path,
+                mode=_resolve_mode(mode),
+                config=dict(config),
+                settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
+            )
+        except wandb.Error as error:
+            raise LightningError(f"W&B: {error}", hint="tracking.wandb.mode=offline needs no network") from error
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         self._run.log(dict(_flat(metrics)), step=step)
+
+    def evaluation(self, label: str, score: Score, step: int) -> None:
+        self._run.log({"eval/success": score.value, f"eval/{label}": score.value}, step=step)
 
     def samples(self, episodes: Iterable[Episode], step: int) -> None:
         table = self._wandb.Table(columns=["episode", "outcome", "rewards", "conversation", "answer"])
@@ -95,7 +119,9 @@ class Wandb:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         self._run.summary.update(dict(_flat(summary)))
-        self._run.finish()
+
+    def close(self, *, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
 
 
 def _resolve_mode(mode: str) -> Any:
@@ -103,10 +129,12 @@ def _resolve_mode(mode: str) -> Any:
         return mode
     if os.environ.get("WANDB_MODE"):
         return None
-    return "online" if os.environ.get("WANDB_API_KEY") or _has_netrc() else "offline"
+    return "online" if _has_key() else "offline"
 
 
-def _has_netrc() -> bool:
+def _has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
     try:
         return netrc.netrc().authenticators("api.wandb.ai") is not None
     except (OSError, netrc.NetrcParseError):

@@ -65,7 +65,7 @@ def _run(session: Session, settings: Path, config: WarmStartConfig) -> None:
     log = session.run.logs / "warm_start.log"
     with log.open("ab") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "trainers.warm_start", str(settings)],
+            [sys.executable, "-P", "-m", "trainers.warm_start", str(settings)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -74,7 +74,7 @@ def _run(session: Session, settings: Path, config: WarmStartConfig) -> None:
     try:
         with session.console.stage("warm start", total=config.steps) as stage:
             while process.poll() is None:
-                session.check()
+                session.server.check()
                 losses = read_progress(Path(config.progress))
                 stage.at(len(losses))
                 time.sleep(0.25)

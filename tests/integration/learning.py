@@ -21,6 +21,8 @@ from trainers.packing import Packed, Row, pack, share_out
 from trainers.policy import load_policy, row_tensors
 from trainers.publish import policy_tensors
 
+torch.set_num_threads(1)  # models here are tiny: a second thread costs more than it gives, on a busy machine far more
+
 LORA = LoraConfig(rank=4, alpha=8.0)
 OPTIMISER = OptimiserConfig(weight_decay=0.01, gradient_clipping=5e-5)
 STEPS = 4

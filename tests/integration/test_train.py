@@ -108,7 +108,9 @@ def test_a_run_leaves_what_it_promises(whole: RunDirectory) -> None:
     assert {"evaluate", "warm_start", "rollout", "train", "publish"} <= summary["seconds"].keys()
     assert summary["rollout_tokens_per_second"] > 0
     assert summary["train_tokens_per_second"] > 0
-    rows = [json.loads(line) for line in whole.metrics.read_text().splitlines()]
+    lines = [json.loads(line) for line in whole.metrics.read_text().splitlines()]
+    assert [line["evaluation"] for line in lines if "evaluation" in line] == ["base", "warm_start", "final"]
+    rows = [line for line in lines if "evaluation" not in line]
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["gradient_norm"] > 0 for row in rows)
     assert all(row["logprob_gap"]["published"] < 1e-3 for row in rows)
@@ -187,7 +189,9 @@ def test_killed_five_times_and_resumed_it_is_the_same_run(whole: RunDirectory, t
     run = open_run(tmp_path / "runs" / "smoke")
 
     Ledger.from_dict(json.loads(run.summary.read_text())["ledger"]).check("resumed run")
-    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert sorted(line["evaluation"] for line in lines if "evaluation" in line) == ["base", "final", "warm_start"]
+    rows = [line for line in lines if "evaluation" not in line]
     assert [row["step"] for row in rows] == [1, 2, 3], "a step was lost or taken twice"
     with Store.open(run.store) as store:
         counted = [(e.start.step, e.start.task.id, e.start.sample) for e in store.episodes(phase="train") if e.counted]

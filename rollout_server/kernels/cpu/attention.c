@@ -9,8 +9,6 @@
  * Loaded by rollout_server/kernels/native.py through ctypes; OpenMP symbols resolve against the runtime torch has loaded,
  * so that both share one thread pool.
  */
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -296,6 +294,6 @@ void lrl_add_norm(void *x, const void *delta, const void *weight, void *out, int
     }
 }
 
-/* An importable module without contents: it lets the ordinary build tools build and ship this file. */
-static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_attention", NULL, -1, NULL, NULL, NULL, NULL, NULL};
-PyMODINIT_FUNC PyInit__attention(void) { return PyModule_Create(&module); }
+/* Build tools expect an extension module to have this symbol. Nothing calls it: the library is loaded through ctypes, which
+ * is why Python's headers are not needed. */
+void *PyInit__attention(void) { return NULL; }

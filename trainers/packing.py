@@ -16,6 +16,11 @@ from lightning_rl.episode import Call
 from lightning_rl.token_tree import TokenTree, build_tree
 from lightning_rl.transition import Transition
 
+SHARED_ROW_TOKENS = 2048
+"""Groups are put into one row up to this size: more would cost memory and save little (some 1.4 MB a token in SmolLM2)."""
+
+TreeOf = Callable[[Sequence[Transition]], TokenTree]
+
 
 class Row(Struct, frozen=True, kw_only=True):
     """One forward pass. N nodes, L loss terms; a row without terms only keeps ranks in step."""
@@ -57,37 +62,58 @@ def pack(
     weights: Mapping[str, float],
     calls: Mapping[str, Call],
     max_row_tokens: int,
+    *,
+    ranks: int = 1,
 ) -> Packed:
     """Rows of at most `max_row_tokens` nodes, one tree each, in a fixed order.
 
     `group_of`: episode id -> group; `weights`: call id -> weight of each of its tokens (`algorithms.aggregation`); calls
-    without a weight are masked and are not computed. A call longer than a row is cut, and its lost tokens show in the ledger.
+    without a weight are masked and are not computed. A call longer than a row is cut, and its lost tokens show in the
+    ledger. Small groups share a row, and in it what their prompts have in common, as long as `ranks` have work.
     """
     trained: dict[str, list[Transition]] = defaultdict(list)
     for transition in transitions:
         if transition.call_id in weights:
             trained[group_of[transition.episode_id]].append(transition)
+
+    def tree_of(part: Sequence[Transition]) -> TokenTree:
+        return build_tree([calls[t.call_id] for t in part], max_tokens=max_row_tokens)
+
+    parts = [part for group in trained.values() for part in _split(group, tree_of, max_row_tokens)]
+    share = sum(len(tree_of(part).ids) for part in parts) // ranks
     rows, trees = [], []
-    for group in trained.values():
-        for part in _split(group, calls, max_row_tokens):
-            tree = build_tree([calls[t.call_id] for t in part], max_tokens=max_row_tokens)
-            trees.append(tree)
-            row = _row(tree, part, weights)
-            if row.nodes:
-                rows.append(row)
+    for part in _joined(parts, tree_of, min(max_row_tokens, SHARED_ROW_TOKENS, share)):
+        tree = tree_of(part)
+        trees.append(tree)
+        row = _row(tree, part, weights)
+        if row.nodes:
+            rows.append(row)
     return Packed(rows=rows, trees=trees)
 
 
-def _split(group: Sequence[Transition], calls: Mapping[str, Call], limit: int) -> list[list[Transition]]:
+def _split(group: list[Transition], tree_of: TreeOf, limit: int) -> list[list[Transition]]:
     """The group as one tree if it fits, else consecutive parts that do."""
-    parts: list[list[Transition]] = [[]]
-    for transition in group:
+    if len(tree_of(group).ids) <= limit:
+        return [group]
+    parts: list[list[Transition]] = [group[:1]]
+    for transition in group[1:]:
         trial = [*parts[-1], transition]
-        if len(trial) > 1 and len(build_tree([calls[t.call_id] for t in trial], max_tokens=limit).ids) > limit:
+        if len(tree_of(trial).ids) > limit:
             parts.append([transition])
         else:
             parts[-1] = trial
     return parts
+
+
+def _joined(parts: Sequence[list[Transition]], tree_of: TreeOf, limit: int) -> list[list[Transition]]:
+    """Neighbouring parts put together while their tree stays within the limit."""
+    joined: list[list[Transition]] = []
+    for part in parts:
+        if joined and len(tree_of(joined[-1] + part).ids) <= limit:
+            joined[-1] = joined[-1] + part
+        else:
+            joined.append(part)
+    return joined
 
 
 def _row(tree: TokenTree, transitions: Sequence[Transition], weights: Mapping[str, float]) -> Row:

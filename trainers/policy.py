@@ -46,7 +46,14 @@ class Policy(nn.Module):
         return self.model.base_model.model if self.lora else self.model
 
     def forward(
-        self, ids: Tensor, depths: Tensor, tree: list[Block], nodes: Tensor, targets: Tensor, temperatures: Tensor
+        self,
+        ids: Tensor,
+        depths: Tensor,
+        tree: list[Block],
+        nodes: Tensor,
+        targets: Tensor,
+        temperatures: Tensor,
+        terms: Tensor,
     ) -> RowScores:
         lm = self.causal_lm
         hidden = lm.model(
@@ -55,7 +62,8 @@ class Policy(nn.Module):
         if not len(nodes):  # a row of padding takes part in the reduction with a gradient of zero
             nothing = (hidden.float().sum() + lm.lm_head.weight.float().sum())[None] * 0
             return RowScores(nothing, nothing.detach())
-        return RowScores(*token_scores(hidden[nodes], lm.lm_head.weight, targets, temperatures))
+        logprobs, entropies = token_scores(hidden[nodes], lm.lm_head.weight, targets, temperatures)
+        return RowScores(logprobs[terms], entropies[terms])
 
 
 def _drop_aliases(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
@@ -66,14 +74,19 @@ def _drop_aliases(module: nn.Module, state: dict[str, Any], prefix: str, _: Any)
 
 
 def row_tensors(row: Row) -> dict[str, Any]:
-    """The arguments of `Policy.forward`."""
+    """The arguments of `Policy.forward`. Loss terms that ask the same of the same node (samples that began alike) are
+    computed once; `terms` says which result each takes."""
+    asked = list(zip(row.nodes, row.targets, row.temperatures, strict=True))
+    place = {question: i for i, question in enumerate(dict.fromkeys(asked))}
+    nodes, targets, temperatures = zip(*place, strict=True) if place else ((), (), ())
     return {
         "ids": torch.tensor(row.ids),
         "depths": torch.tensor(row.depths),
         "tree": tree_blocks(row.ends),
-        "nodes": torch.tensor(row.nodes, dtype=torch.long),
-        "targets": torch.tensor(row.targets, dtype=torch.long),
-        "temperatures": torch.tensor(row.temperatures, dtype=torch.float32),
+        "nodes": torch.tensor(nodes, dtype=torch.long),
+        "targets": torch.tensor(targets, dtype=torch.long),
+        "temperatures": torch.tensor(temperatures, dtype=torch.float32),
+        "terms": torch.tensor([place[question] for question in asked], dtype=torch.long),
     }
 
 
@@ -126,6 +139,7 @@ def score_sequence(policy: Policy, ids: list[int]) -> list[float]:
         "nodes": torch.arange(n),
         "targets": torch.tensor(ids[1:]),
         "temperatures": torch.ones(n),
+        "terms": torch.arange(n),
     }
     scores: RowScores = policy(**tensors)
     return scores.logprobs.tolist()

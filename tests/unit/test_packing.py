@@ -145,3 +145,27 @@ def test_ranks_get_equally_many_rows_and_every_row_once(sizes, ranks):
     loads = [math.fsum(row_cost(row) for row in share if row is not PADDING) for share in shares]
     assert max(loads) - min(loads) <= max(map(row_cost, rows), default=0.0) + 1e-9
     assert share_out(rows, ranks) == shares
+
+
+def two_groups():
+    """One system prompt, two tasks, two episodes each."""
+    members = [
+        make_episode(f"e{i}", [make_call([1] * 6 + [2 + i // 2], [5 + i] * 3, id=f"c{i}", episode_id=f"e{i}")])
+        for i in range(4)
+    ]
+    halves = [group_transitions(members[h : h + 2], {f"c{i}": float(i) for i in range(4)}, "none") for h in (0, 2)]
+    transitions = halves[0] + halves[1]
+    by_id = {call.id: call for episode in members for call in episode.calls}
+    return transitions, {f"e{i}": f"g{i // 2}" for i in range(4)}, token_weights(transitions, "token"), by_id
+
+
+def test_groups_share_a_row_and_what_their_prompts_have_in_common():
+    (row,) = pack(*two_groups(), 100).rows
+    assert len(row.ids) == 6 + 2 * (1 + 2 * 2)
+    assert len(row.nodes) == 12
+
+
+def test_groups_stay_apart_where_every_rank_needs_a_row():
+    shares = share_out(pack(*two_groups(), 100, ranks=2).rows, 2)
+    assert [len(share) for share in shares] == [1, 1]
+    assert PADDING not in [*shares[0], *shares[1]]

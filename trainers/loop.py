@@ -109,6 +109,7 @@ def learn_from(recipe: Recipe, episodes: Sequence[Episode]) -> StepData:
         ),
         calls={call.id: call for episode in counted for call in episode.calls},
         max_row_tokens=recipe.train.max_row_tokens,
+        ranks=recipe.train.world_size,
     )
     ledger = account(episodes, transitions, packed.trees)
     return StepData(episodes=list(episodes), counted=counted, transitions=transitions, packed=packed, ledger=ledger)

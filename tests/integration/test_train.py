@@ -201,6 +201,46 @@ def test_killed_five_times_and_resumed_it_is_the_same_run(whole: RunDirectory, t
     assert all(ours[name].equal(theirs[name]) for name in ours), "the resumed run has other weights"
 
 
+SHORT = ["warm_start=null", "train.steps=2", "evaluate.tasks=2"]
+
+
+def run_short(home: Path, *overrides: str) -> RunDirectory:
+    home.mkdir()
+    process = lrl("train", RECIPE, *SHORT, *overrides, cwd=home)
+    output = finish(process)
+    assert process.returncode == 0, output
+    return open_run(home / "runs" / "smoke")
+
+
+def test_two_ranks_are_as_one_killed_or_not(tmp_path: Path) -> None:
+    one = run_short(tmp_path / "one")
+    (tmp_path / "two").mkdir()
+    process = lrl("train", RECIPE, *SHORT, "train.world_size=2", cwd=tmp_path / "two")
+    until(process, "step 2/2: rollout")
+    ranks = [pid for pid in descendants(process.pid) if "trainers.ranks" in command(pid)]
+    assert len(ranks) == 1
+    os.kill(ranks[0], signal.SIGKILL)
+    output = finish(process)
+    assert process.returncode == 2
+    assert "trainer rank 1 ended with code -9" in output
+    resumed = lrl("train", "--resume", "runs/smoke", cwd=tmp_path / "two")
+    output = finish(resumed)
+    assert resumed.returncode == 0, output
+    two = open_run(tmp_path / "two" / "runs" / "smoke")
+    ours, theirs = (load_file(run.published / "v00003" / "adapter_model.safetensors") for run in (two, one))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.allclose(ours[name], theirs[name], atol=1e-5), name
+
+
+def test_full_fine_tuning_with_one_setting(tmp_path: Path) -> None:
+    run = run_short(tmp_path / "full", "train.lora=null")
+    published = load_file(run.published / "v00003" / "model.safetensors")
+    before = load_file(run.published / "v00002" / "model.safetensors")
+    assert "model.layers.0.mlp.down_proj.weight" in published
+    assert any(not published[name].equal(before[name]) for name in published)
+
+
 def test_a_dead_worker_ends_the_run_with_words_and_it_resumes(tmp_path: Path) -> None:
     process = lrl("train", RECIPE, "warm_start=null", "train.steps=1", cwd=tmp_path)
     until(process, "step 1/1: rollout")

@@ -73,6 +73,7 @@ class Wandb:
     """The run as Weights & Biases shows it, with a table of sampled episodes per step."""
 
     def __init__(self, run: RunDirectory, project: str, mode: str, name: str, config: Mapping[str, Any]) -> None:
+        os.environ.setdefault("WANDB_SILENT", "true")
         try:
             import wandb
         except ImportError as error:

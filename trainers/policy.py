@@ -63,7 +63,7 @@ class Policy(nn.Module):
             nothing = (hidden.float().sum() + lm.lm_head.weight.float().sum())[None] * 0
             return RowScores(nothing, nothing.detach())
         logprobs, entropies = token_scores(hidden[nodes], lm.lm_head.weight, targets, temperatures)
-        return RowScores(logprobs[terms], entropies[terms])
+        return RowScores(logprobs.index_select(0, terms), entropies.index_select(0, terms))
 
 
 def _drop_aliases(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:

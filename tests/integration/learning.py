@@ -3,6 +3,7 @@
 `torchrun --nproc-per-node 2 -m tests.integration.learning OUT MODEL` trains on two ranks and leaves what came out in OUT.
 """
 
+import atexit
 import contextlib
 import os
 import sys
@@ -105,13 +106,17 @@ def tensors_of(engine: TrainEngine) -> dict[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def one_rank() -> Iterator[None]:
-    """A process group of this process alone; the environment is left as it was."""
+    """A process group of this process alone, one for all tests: DeepSpeed keeps the first group it sees for good. The
+    environment is left as it was."""
     environment = dict(os.environ)
-    init_distributed()
+    if torch.distributed.is_initialized():
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    else:
+        init_distributed()
+        atexit.register(leave_distributed)
     try:
         yield
     finally:
-        leave_distributed()
         os.environ.clear()
         os.environ.update(environment)
 

@@ -28,8 +28,8 @@ agent:
   function: user/code.py:solve
 tasks:
   function: user/code.py:solve
-reward:
-  function: user/code.py:solve
+reward: {function: user/code.py:solve}
+evaluate: {success: solved}
 train:
   steps: 3
 """
@@ -125,6 +125,7 @@ def test_overrides(load):
         "sampling={max_tokens: 7}",
         "train.objective.tis_cap=",
         "tracking.wandb.mode=offline",
+        "evaluate.success=correct",
     )
     assert (recipe.train.steps, recipe.train.learning_rate, recipe.warm_start.steps) == (5, 0.001, 2)
     assert recipe.reward.weights == {"correct": 0.5}
@@ -239,3 +240,11 @@ def test_functions_that_are_not_there(load, tmp_path, reference, message):
     with pytest.raises(RecipeError) as caught:
         recipe.resolve_function(reference)
     assert message in str(caught.value).replace(f"{tmp_path}/", "")
+
+
+def test_success_must_be_a_reward_that_the_recipe_knows(load):
+    with pytest.raises(RecipeError, match=r"evaluate\.success must name the reward"):
+        load(RECIPE, "evaluate.success=null")
+    with pytest.raises(RecipeError, match="did you mean 'solved'"):
+        load(RECIPE, "reward.weights={solved: 1.0}", "evaluate.success=solve")
+    assert load(RECIPE, "reward.weights={right: 1.0}", "evaluate.success=null").success_reward == "right"

@@ -36,19 +36,20 @@ def safe(value: Any, style: str = "") -> Text:
 
 
 def episode_table(summaries: Sequence[EpisodeSummary]) -> Table:
+    """One line an episode; its id says phase, step, task, sample and attempt."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("episode", "phase", "task", "outcome", "rewards"):
+    table.add_column("episode", no_wrap=True, overflow="fold")
+    for column in ("outcome", "rewards"):
         table.add_column(column, overflow="fold")
-    for column in ("step", "sample", "attempt", "calls", "tokens"):
+    for column in ("calls", "tokens"):
         table.add_column(column, justify="right")
     for summary in summaries:
         table.add_row(
             safe(summary.id),
-            safe(summary.phase),
-            safe(summary.task_id),
             _outcome(summary.outcome, summary.counted),
-            safe("  ".join(f"{name} {value:g}" for name, value in summary.rewards.items())),
-            *(str(n) for n in (summary.step, summary.sample, summary.attempt, summary.calls, summary.sampled_tokens)),
+            safe("  ".join(f"{name} {value:.3g}" for name, value in summary.rewards.items())),
+            str(summary.calls),
+            str(summary.sampled_tokens),
         )
     return table
 

@@ -157,7 +157,10 @@ class RunnerPool:
             if episode.outcome is None:
                 error = "the run was interrupted"
                 self._store.end(known.id, outcome, error=error, counted=False, ended_at=time.time())
-            if outcome is Outcome.CANCELLED:
+            ours = outcome is Outcome.INFRASTRUCTURE_ERROR and self._policy[outcome] == "retry"
+            if (
+                outcome is Outcome.CANCELLED or ours
+            ):  # whoever resumes a run has mended what was broken: tries begin anew
                 turn = replace(turn, start=next_attempt(turn.start, draw_anew=False))
                 continue
             again = self._again(turn, outcome)

@@ -373,6 +373,15 @@ def test_what_an_interrupted_run_left_is_taken_up(make_pool: MakePool, store: St
     assert sorted(episode.start.task.id for episode in store.episodes(counted_only=True)) == ["t0", "t1"]
 
 
+def test_a_resumed_run_tries_anew_what_failed_for_our_own_reasons(make_pool: MakePool, store: Store) -> None:
+    (start,) = starts(1)
+    store.begin(start)
+    store.end(start.id, Outcome.INFRASTRUCTURE_ERROR, error="disk full", counted=False, ended_at=1.0)
+    (result,) = make_pool("echo", max_attempts=1).run([start])
+    assert result.counted
+    assert result.start.id == next_attempt(start, draw_anew=False).id
+
+
 # the end --------------------------------------------------------------------------------------------------------------
 
 

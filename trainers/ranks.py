@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import TracebackType
 
@@ -72,15 +73,18 @@ class Ranks:
 
     def _watch(self) -> None:
         while not self._leaving.wait(1.0):
-            for rank, process in enumerate(self._processes, start=1):
-                if process.poll() is not None and not self._leaving.is_set():
-                    log = self._log_dir / f"rank-{rank}.log"
-                    print(
-                        f"lrl: trainer rank {rank} ended with code {process.returncode}; its log is {log}\n     {self._go_on}",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-                    os._exit(2)
+            dead = self._dead()
+            if dead and not self._leaving.is_set():
+                print(f"lrl: {dead}\n     {self._go_on}", file=sys.stderr, flush=True)
+                os._exit(2)
+
+    def _dead(self) -> str | None:
+        """Which rank has ended, in words."""
+        for rank, process in enumerate(self._processes, start=1):
+            if process.poll() is not None:
+                log = self._log_dir / f"rank-{rank}.log"
+                return f"trainer rank {rank} ended with code {process.returncode}; its log is {log}"
+        return None
 
     def leave(self) -> None:
         """The ranks are about to end as they should."""
@@ -90,6 +94,12 @@ class Ranks:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._leaving.set()
+        # A collective whose other end died fails here with a connection's error: say which rank it was.
+        # (Connections close a moment before a process can be waited for.)
+        dead = None
+        if self._processes and kind is not None and issubclass(kind, RuntimeError):
+            time.sleep(0.5)
+            dead = self._dead()
         for process in self._processes:
             if kind is not None:
                 process.kill()
@@ -98,6 +108,8 @@ class Ranks:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        if dead:
+            raise LightningError(dead) from error
 
 
 def main(config: RankConfig) -> None:

@@ -33,16 +33,48 @@ def _configure_serve(parser: argparse.ArgumentParser) -> None:
     )
     add("--store", metavar="PATH", help="episode database: serve and record its episodes at /e/<episode>/v1")
     add("--api-key-env", metavar="NAME", help="environment variable that holds the key which clients must send")
-    add("--kv-tokens", type=int, default=65536, help="tokens that the KV cache holds (%(default)s)")
-    add("--max-batch", type=int, default=64, help="sequences that decode at once (%(default)s)")
-    add("--threads", type=int, help="threads of the worker (default: torch's choice)")
+    add("--dp", type=int, default=1, metavar="N", help="replicas behind prefix-aware routing (%(default)s)")
+    add("--device", default="auto", help="cpu, cuda or cuda:N; auto takes a GPU where there is one (%(default)s)")
+    add("--kv-tokens", type=int, default=65536, help="tokens that a replica's KV cache holds (%(default)s)")
+    add(
+        "--host-kv-tokens",
+        type=int,
+        default=0,
+        help="tokens of idle conversations kept outside the device, per replica (%(default)s)",
+    )
+    add("--host-kv-dir", type=Path, metavar="DIR", help="keep them in files here instead of in memory")
+    add("--max-batch", type=int, default=64, help="sequences that a replica decodes at once (%(default)s)")
+    add("--threads", type=int, help="threads of all workers together (default: torch's choice)")
+    add(
+        "--batch-invariant",
+        action="store_true",
+        help="same seed, same tokens and log-probs bit for bit, whatever else runs; slower",
+    )
+    add(
+        "--adapter",
+        action="append",
+        default=[],
+        type=_named_path,
+        metavar="NAME=PATH",
+        help="LoRA adapter that clients choose as model NAME; may repeat",
+    )
     add("--log-dir", type=Path, help="where the processes log (default: a temporary directory)")
+
+
+def _named_path(text: str) -> tuple[str, Path]:
+    name, separator, path = text.partition("=")
+    if not (name and separator and path):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=PATH")
+    return name, Path(path)
 
 
 def _serve(args: argparse.Namespace) -> int:
     from rollout_server.launch import RolloutServer
     from rollout_server.models.catalog import resolve_model
 
+    adapters = dict(args.adapter)
+    if len(adapters) < len(args.adapter):
+        raise ServerError("two adapters have the same name", hint="give each --adapter a NAME of its own")
     key = _key_from(args.api_key_env)
     log_dir = args.log_dir or Path(tempfile.mkdtemp(prefix="lrl-serve-"))
     name = Path(args.model).resolve().name if Path(args.model).is_dir() else args.model
@@ -59,6 +91,12 @@ def _serve(args: argparse.Namespace) -> int:
         kv_tokens=args.kv_tokens,
         max_batch=args.max_batch,
         threads=args.threads,
+        dp=args.dp,
+        device=args.device,
+        host_kv_tokens=args.host_kv_tokens,
+        host_kv_dir=args.host_kv_dir,
+        batch_invariant=args.batch_invariant,
+        adapters=adapters,
     )
     print(f"loading {name} ({args.dtype}); logs in {log_dir}", flush=True)
     try:
@@ -90,6 +128,19 @@ def _greeting(base_url: str, model: str, key_variable: str | None) -> str:
     )
 
 
+def _configure_bench(parser: argparse.ArgumentParser) -> None:
+    from rollout_server.bench import cli
+
+    cli.configure(parser)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from rollout_server.bench import cli
+
+    return cli.run(args)
+
+
 COMMANDS: dict[str, Command] = {
     "serve": ("serve a model behind the OpenAI API", _configure_serve, _serve),
+    "bench": ("measure the engine beside its peers and against the machine's limit", _configure_bench, _bench),
 }

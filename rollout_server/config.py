@@ -19,9 +19,21 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     """Tokens whose keys and values fit in the cache."""
     page_size: int = 16
     max_batch: int = 64
-    """Sequences that decode at once."""
+    """Sequences that decode at once: the worker's slots."""
     max_step_tokens: int = 512
     """Tokens of one forward pass, prompts and decodes together."""
+    lookahead: int = 1
+    """Passes queued at the worker beyond the one that runs; 0 plans each pass from the results of the last."""
+    host_kv_tokens: int = 0
+    """Tokens whose keys and values may be kept outside the device, for conversations that pause."""
+    host_kv_dir: str | None = None
+    """Directory for a memory-mapped host tier on disk; None keeps it in memory."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`, …; `auto` takes a GPU where there is one."""
+    shared_prefix: bool = True
+    """Attend to prefixes that many rows share as one matrix product, where it pays."""
+    max_adapters: int = 64
+    """LoRA adapters loaded at once, the policy's own included."""
     threads: int | None = None
     """Torch threads of the worker; None leaves torch's choice."""
     batch_invariant: bool = False
@@ -30,6 +42,10 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     @property
     def num_pages(self) -> int:
         return self.kv_tokens // self.page_size
+
+    @property
+    def host_pages(self) -> int:
+        return self.host_kv_tokens // self.page_size
 
 
 def read_engine_config(path: Path) -> EngineConfig:

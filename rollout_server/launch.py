@@ -1,4 +1,4 @@
-"""Starts, watches and ends the rollout server's three processes: web, manager, worker.
+"""Starts, watches and ends the rollout server's processes: one web, and a manager and a worker for each replica.
 
 `with RolloutServer(…) as server:` returns when `/health` is 200, so when the weights are loaded; `server.base_url` is
 what agents get. `check` says which process died, with its last words. No process outlives the one that made the server
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -33,16 +33,17 @@ from rollout_server.config import EngineConfig
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 6.0
 
-_MODULES = {
-    "worker": "rollout_server.worker.process",
-    "manager": "rollout_server.manager.process",
-    "web": "rollout_server.api.process",
-}
+_WEB = "rollout_server.api.process"
+_ENGINE = {"worker": "rollout_server.worker.process", "manager": "rollout_server.manager.process"}
 _ROOT = Path(__file__).resolve().parent.parent
 
 
 class RolloutServer:
-    """The engine's settings are `EngineConfig`'s. `port` 0 takes any free one; `aliases` are globs of model names."""
+    """The engine's settings are `EngineConfig`'s; those of caches and batches are each replica's, `threads` is shared out.
+
+    `port` 0 takes any free one; `aliases` are globs of model names; `dp` is the number of replicas, on a GPU of its own
+    each where there are GPUs; `adapters` are LoRA adapters to begin with: directories by name.
+    """
 
     def __init__(
         self,
@@ -59,11 +60,21 @@ class RolloutServer:
         kv_tokens: int = 65536,
         page_size: int = 16,
         max_batch: int = 64,
+        max_step_tokens: int = 512,
+        lookahead: int = 1,
+        host_kv_tokens: int = 0,
+        host_kv_dir: Path | str | None = None,
+        device: str = "auto",
+        shared_prefix: bool = True,
+        max_adapters: int = 64,
         threads: int | None = None,
         batch_invariant: bool = False,
+        dp: int = 1,
+        adapters: Mapping[str, Path | str] | None = None,
     ) -> None:
         if not _is_loopback(host) and api_key is None:
             raise ServerError(f"refusing to serve on {host} without an API key", hint="give a key, or use 127.0.0.1")
+        devices = replica_devices(device, dp)
         self.admin_key = secrets.token_urlsafe(24)
         self._log_dir = log_dir
         self._host = host
@@ -75,17 +86,29 @@ class RolloutServer:
             "api_key": api_key,
             "admin_key": self.admin_key,
         }
-        self._engine = EngineConfig(
-            ipc_dir=tempfile.mkdtemp(prefix="lrl-"),  # mode 0700
-            model_dir=str(Path(model_dir).resolve()),
-            parent_pid=os.getpid(),
-            dtype=dtype,
-            kv_tokens=kv_tokens,
-            page_size=page_size,
-            max_batch=max_batch,
-            threads=threads,
-            batch_invariant=batch_invariant,
-        )
+        self._adapters = dict(adapters or {})
+        self._directory = Path(tempfile.mkdtemp(prefix="lrl-"))  # mode 0700
+        self._engines = [
+            EngineConfig(
+                ipc_dir=str(self._directory / str(number)),
+                model_dir=str(Path(model_dir).resolve()),
+                parent_pid=os.getpid(),
+                dtype=dtype,
+                kv_tokens=kv_tokens,
+                page_size=page_size,
+                max_batch=max_batch,
+                max_step_tokens=max_step_tokens,
+                lookahead=lookahead,
+                host_kv_tokens=host_kv_tokens,
+                host_kv_dir=None if host_kv_dir is None else str(Path(host_kv_dir).resolve() / str(number)),
+                device=own_device,
+                shared_prefix=shared_prefix,
+                max_adapters=max_adapters,
+                threads=threads_of_each(threads, dp),
+                batch_invariant=batch_invariant,
+            )
+            for number, own_device in enumerate(devices)
+        ]
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self.base_url = ""
 
@@ -96,23 +119,25 @@ class RolloutServer:
                 self.base_url = f"http://{_in_url(self._host)}:{listener.getsockname()[1]}"
                 self._spawn_all(listener)
             self._wait_until_healthy()
+            for name, path in self._adapters.items():
+                self.admin().load_adapter(name, Path(path).resolve())
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
         """Ends the processes in order: web first, so that nobody is cut off without an answer. Idempotent."""
-        for name in ("web", "manager", "worker"):
-            process = self._processes.pop(name, None)
-            if process is None:
-                continue
-            process.terminate()
-            try:
-                process.wait(STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        shutil.rmtree(self._engine.ipc_dir, ignore_errors=True)
+        for kind in ("web", "manager", "worker"):
+            ending = [self._processes.pop(name) for name in list(self._processes) if name.partition("-")[0] == kind]
+            for process in ending:
+                process.terminate()
+            for process in ending:
+                try:
+                    process.wait(STOP_TIMEOUT_S)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+        shutil.rmtree(self._directory, ignore_errors=True)
 
     def check(self) -> None:
         """Raises ServerError if one of the processes has ended."""
@@ -128,7 +153,7 @@ class RolloutServer:
         return AdminClient(self.base_url, self.admin_key, self.check)
 
     def log_file(self, name: str) -> Path:
-        """Log of `web`, `manager` or `worker`."""
+        """Log of `web`, `manager` or `worker`; with several replicas of `manager-0`, `worker-0`, …"""
         return self._log_dir / f"{name}.log"
 
     @property
@@ -163,22 +188,38 @@ class RolloutServer:
 
     def _spawn_all(self, listener: socket.socket) -> None:
         self._log_dir.mkdir(parents=True, exist_ok=True)
-        settings = {**msgspec.to_builtins(self._engine), **self._web_settings, "listen_fd": listener.fileno()}
-        config = Path(self._engine.ipc_dir) / "config.json"
-        config.touch(mode=0o600)
-        config.write_text(json.dumps(settings))
+        for number, engine in enumerate(self._engines):
+            directory = Path(engine.ipc_dir)
+            directory.mkdir(mode=0o700)
+            if engine.host_kv_dir is not None:
+                Path(engine.host_kv_dir).mkdir(parents=True, exist_ok=True)
+            config = _write_private(directory / "config.json", msgspec.to_builtins(engine))
+            for kind, module in _ENGINE.items():
+                self._spawn(kind if len(self._engines) == 1 else f"{kind}-{number}", module, config)
+        first = self._engines[0]
+        settings = {
+            **self._web_settings,
+            "ipc_dirs": [engine.ipc_dir for engine in self._engines],
+            "model_dir": first.model_dir,
+            "parent_pid": first.parent_pid,
+            "kv_tokens": first.kv_tokens,
+            "host_kv_tokens": first.host_kv_tokens,
+            "listen_fd": listener.fileno(),
+        }
+        self._spawn("web", _WEB, _write_private(self._directory / "config.json", settings), listener.fileno())
+
+    def _spawn(self, name: str, module: str, config: Path, *inherited: int) -> None:
         path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
-        for name, module in _MODULES.items():
-            with self.log_file(name).open("ab") as log:
-                self._processes[name] = subprocess.Popen(
-                    [sys.executable, "-m", module, str(config)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
-                    start_new_session=True,
-                    pass_fds=(listener.fileno(),) if name == "web" else (),
-                )
+        with self.log_file(name).open("ab") as log:
+            self._processes[name] = subprocess.Popen(
+                [sys.executable, "-m", module, str(config)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
+                start_new_session=True,
+                pass_fds=inherited,
+            )
 
     def _wait_until_healthy(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -195,6 +236,40 @@ class RolloutServer:
     def _last_words(self, name: str, lines: int = 15) -> str:
         text = self.log_file(name).read_text(errors="replace")
         return "\n".join(text.splitlines()[-lines:]) or "(none)"
+
+
+def threads_of_each(threads: int | None, dp: int) -> int | None:
+    """Torch threads of each of `dp` workers. One worker is left torch's choice; several share the machine's cores."""
+    if dp == 1:
+        return threads
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, (threads or cores) // dp)
+
+
+def replica_devices(device: str, dp: int) -> list[str]:
+    """One device a replica: GPUs are not shared, the CPU is. Raises ServerError where there are too few."""
+    if dp < 1:
+        raise ServerError(f"{dp} replicas cannot serve", hint="dp is at least 1")
+    if dp == 1 or device == "cpu":
+        return [device] * dp
+    if device not in ("auto", "cuda"):
+        raise ServerError(f"{device} is one device, and {dp} replicas need one each", hint="use device cuda, or cpu")
+    from torch import cuda
+
+    gpus = cuda.device_count()
+    if gpus == 0 and device == "auto":
+        return ["cpu"] * dp
+    if gpus < dp:
+        raise ServerError(
+            f"{dp} replicas need a GPU each, this machine has {gpus}", hint="fewer replicas, or device cpu"
+        )
+    return [f"cuda:{number}" for number in range(dp)]
+
+
+def _write_private(path: Path, settings: object) -> Path:
+    path.touch(mode=0o600)
+    path.write_text(json.dumps(settings))
+    return path
 
 
 def _is_loopback(host: str) -> bool:

@@ -1,13 +1,19 @@
-"""The engine without its processes: scheduler and runner in one loop, for tests and in-process benches."""
+"""The engine without its processes: scheduler and runner in one loop, for tests and in-process benches.
+
+As in the manager process, up to `lookahead` passes are planned before the results of the one that runs are applied.
+"""
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rollout_server import messages as m
 from rollout_server.config import EngineConfig
+from rollout_server.manager.control import Control, ControlQueue
 from rollout_server.manager.scheduler import Scheduler
-from rollout_server.messages import Forwarded, SamplingParams
 from rollout_server.worker.process import build_runner
 
 
@@ -16,8 +22,11 @@ class Output:
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
+    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
     scores: list[float] | None = None
     finish_reason: str | None = None
+    failed: str | None = None
+    """Why the request failed."""
 
 
 class LocalEngine:
@@ -29,33 +38,102 @@ class LocalEngine:
             page_size=self.config.page_size,
             max_batch=self.config.max_batch,
             max_step_tokens=self.config.max_step_tokens,
+            lookahead=self.config.lookahead,
+            host_pages=self.config.host_pages,
         )
+        self.control = ControlQueue(self.scheduler)
         self.outputs: dict[str, Output] = {}
+        """By request id; choices 1, 2, … of a request as `<id>/1`, `<id>/2`, …"""
+        self._queued: deque[m.Forward] = deque()
 
-    def submit(self, request_id: str, ids: list[int], sampling: SamplingParams | None) -> None:
-        self.outputs[request_id] = Output()
-        self.scheduler.submit(request_id, ids, sampling)
+    def submit(
+        self,
+        request_id: str,
+        ids: list[int],
+        sampling: m.SamplingParams | None,
+        *,
+        n: int = 1,
+        adapter: str = "",
+        priority: int = 0,
+    ) -> None:
+        for index in range(n):
+            self.outputs[_key(request_id, index)] = Output()
+        self.scheduler.submit(request_id, ids, sampling, priority, n, adapter)
+
+    def cancel(self, request_id: str) -> None:
+        self.scheduler.cancel(request_id)
 
     def step(self) -> bool:
-        forward = self.scheduler.plan()
-        if forward is None:
-            return False
-        r = self.runner.forward(forward.rows)
-        results = Forwarded(
-            step=forward.step, ids=r.ids, logprobs=r.logprobs, top_logprobs=r.top_logprobs, scores=r.scores, seconds=0.0
-        )
-        for event in self.scheduler.apply(results):
-            output = self.outputs[event.request_id]
-            output.finish_reason = event.finish_reason
-            if event.scores is not None:
-                output.scores = event.scores
-            else:
-                output.ids.append(event.id)
-                output.logprobs.append(event.logprob)
-                output.versions.append(self.scheduler.version)
-        return True
+        """Plan as far ahead as may be, and run the oldest pass; False when there is nothing to do."""
+        while (forward := self.scheduler.plan()) is not None:
+            self._queued.append(forward)
+        return self._run_oldest()
 
     def run(self) -> dict[str, Output]:
         while self.step():
             self.scheduler.check_integrity()
         return self.outputs
+
+    def load(
+        self, source: m.WeightSource | Path, version: int, *, adapter: str = "", running: m.Running = "reprefill"
+    ) -> m.Updated:
+        """Weights from a directory or another source, live at once. Raises RuntimeError when they are rejected."""
+        if isinstance(source, Path):
+            source = m.Directory(path=str(source))
+        update = m.UpdateWeights(request_id="update", source=source, version=version, adapter=adapter, running=running)
+        reply = self.ask(update)
+        if isinstance(reply, m.Failed):
+            raise RuntimeError(reply.message)
+        assert isinstance(reply, m.Updated)
+        return reply
+
+    def ask(self, control: Control) -> m.FromManager:
+        """Carry out a control request as the manager process does: when nothing is in flight. Its answer."""
+        while self._run_oldest():
+            pass
+        self.control.push(control)
+        message, replies = self.control.next()
+        if message is not None:
+            replies = self._tell_worker(message)
+        for reply in replies[:-1]:
+            assert isinstance(reply, m.Failed)
+            for key, output in self.outputs.items():
+                if key == reply.request_id or key.startswith(f"{reply.request_id}/"):
+                    output.failed = reply.code
+        return replies[-1]
+
+    def _tell_worker(self, message: m.ToWorker) -> list[m.FromManager]:
+        match message:
+            case m.Load():
+                return self.control.loaded(self.runner.load(message))
+            case m.Unload():
+                return self.control.acknowledged(self.runner.unload(message))
+            case m.Release():
+                return self.control.acknowledged(self.runner.release(message))
+            case m.Reclaim():
+                return self.control.acknowledged(self.runner.reclaim())
+            case _:
+                raise AssertionError(message)
+
+    def _run_oldest(self) -> bool:
+        if not self._queued:
+            return False
+        self._take(self.scheduler.apply(self.runner.execute(self._queued.popleft())))
+        return True
+
+    def _take(self, replies: Sequence[m.Tokens | m.Scored]) -> None:
+        for reply in replies:
+            if isinstance(reply, m.Scored):
+                output = self.outputs[reply.request_id]
+                output.scores, output.finish_reason = reply.logprobs, "stop"
+                continue
+            output = self.outputs[_key(reply.request_id, reply.index)]
+            output.ids += reply.ids
+            output.logprobs += reply.logprobs
+            output.versions += reply.versions
+            output.top_logprobs += reply.top_logprobs
+            output.finish_reason = reply.finish_reason
+
+
+def _key(request_id: str, index: int) -> str:
+    return f"{request_id}/{index}" if index else request_id

@@ -31,6 +31,7 @@ from rollout_server.api.errors import ApiError, EngineError
 from rollout_server.api.exchange import ClientGone, Services
 from rollout_server.api.recorder import Recorder
 from rollout_server.api.render import Renderer
+from rollout_server.api.replicas import Replicas
 from rollout_server.api.wire import as_api_error, json_response
 
 HEALTH_TIMEOUT_S = 5.0
@@ -64,7 +65,10 @@ def _services(config: WebConfig) -> Services:
     return Services(
         config=config,
         context_limit=config.context_limit(),
-        engine=EngineClient(Path(config.ipc_dir)),
+        vocab_size=config.vocab_size(),
+        engine=Replicas(
+            [EngineClient(Path(directory)) for directory in config.ipc_dirs], config.kv_tokens + config.host_kv_tokens
+        ),
         renderer=renderer,
         conversations=ConversationIndex(renderer),
         recorder=Recorder(Store.open(config.store)) if config.store is not None else None,
@@ -81,14 +85,15 @@ def _add_dialects(app: FastAPI, services: Services) -> None:
         return await completions(services, http, http.path_params.get("episode"))
 
     async def models_route(http: Request) -> Response:
-        entry = {
-            "id": services.config.served_name,
+        served = services.config.served_name
+        common = {
             "object": "model",
             "created": created,
             "owned_by": "lightning-rl",
             "max_model_len": services.context_limit,
         }
-        return json_response({"object": "list", "data": [entry]})
+        adapters = [{"id": name, **common, "parent": served} for name in services.engine.adapters]
+        return json_response({"object": "list", "data": [{"id": served, **common, "parent": None}, *adapters]})
 
     async def health(http: Request) -> Response:
         try:
@@ -112,8 +117,17 @@ def _add_trainer_routes(app: FastAPI, services: Services) -> None:
 
         return _guarded(route, services.config.admin_key)
 
-    app.add_route("/update_weights", bound(admin.update_weights), methods=["POST"])
-    app.add_route("/score", bound(admin.score), methods=["POST"])
+    for path, work in (
+        ("/update_weights", admin.update_weights),
+        ("/v1/load_lora_adapter", admin.load_adapter),
+        ("/v1/unload_lora_adapter", admin.unload_adapter),
+        ("/pause", admin.pause),
+        ("/resume", admin.resume),
+        ("/sleep", admin.sleep),
+        ("/wake_up", admin.wake_up),
+        ("/score", admin.score),
+    ):
+        app.add_route(path, bound(work), methods=["POST"])
     app.add_route("/stats", bound(admin.stats), methods=["GET"])
 
 

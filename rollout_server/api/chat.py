@@ -23,7 +23,6 @@ from rollout_server.api.wire import event_stream, json_body, json_response
 async def chat_completions(services: Services, http: Request, episode_id: str | None) -> Response:
     body = await json_body(http)
     request = parse_chat(body)
-    services.config.check_model(request.model)
     messages, tools = request.conversation(), request.tool_definitions()
     log = await services.episode(episode_id)
     exchange = Exchange(services, log, request, body, lambda plan: _message(request, plan))
@@ -72,7 +71,7 @@ def _head(exchange: Exchange, kind: str) -> dict[str, Any]:
         "id": f"chatcmpl-{exchange.id}",
         "object": kind,
         "created": int(time.time()),
-        "model": exchange.services.config.served_name,
+        "model": exchange.model,
     }
 
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from rollout_server import messages as m
 from rollout_server.api.detokenize import Detokenizer, StopFinder
-from rollout_server.api.engine_client import EngineClient
+from rollout_server.api.engine_client import Stream
 from rollout_server.api.errors import EngineError
 
 
@@ -43,21 +43,19 @@ class Choice:
     finish_reason: str | None = None
     """`stop` or `length`; `abort` when the client went away or the engine failed."""
 
-    async def run(
-        self, engine: EngineClient, tokenizer: Tokenizer, on_piece: Callable[[Piece], None] | None = None
-    ) -> None:
-        """Sample to the end. Cancelling the task cancels the request; what was sampled until then stays in `ids`."""
+    async def run(self, stream: Stream, tokenizer: Tokenizer, on_piece: Callable[[Piece], None] | None = None) -> None:
+        """Read the stream to the end. Cancelling the task closes it; what was sampled until then stays in `ids`."""
         decoder = Detokenizer(tokenizer)
         finder = StopFinder(self.stops, self.inclusive_stops)
         reads_along = on_piece is not None or bool(self.stops or self.inclusive_stops)
-        with engine.submit(self.prompt_ids, self.sampling) as generation:
+        with stream:
             try:
                 while self.finish_reason is None:
-                    piece = self._absorb(await generation.read(to_end=not reads_along), decoder, finder)
+                    piece = self._absorb(await stream.read(to_end=not reads_along), decoder, finder)
                     if on_piece is not None:
                         on_piece(piece)
             except (asyncio.CancelledError, EngineError):
-                unread = generation.take()
+                unread = stream.take()
                 if unread is not None:
                     self._absorb(unread, decoder, finder)
                 self.finish_reason = "abort"

@@ -20,7 +20,6 @@ from rollout_server.api.wire import event_stream, json_body, json_response
 async def completions(services: Services, http: Request, episode_id: str | None) -> Response:
     body = await json_body(http)
     request = parse_completion(body)
-    services.config.check_model(request.model)
     log = await services.episode(episode_id)
     exchange = Exchange(services, log, request, body, lambda plan: {"role": "assistant", "content": plan.choice.text})
     encode = services.renderer.encode
@@ -38,7 +37,7 @@ def _head(exchange: Exchange) -> dict[str, Any]:
         "id": f"cmpl-{exchange.id}",
         "object": "text_completion",
         "created": int(time.time()),
-        "model": exchange.services.config.served_name,
+        "model": exchange.model,
     }
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from msgspec import Struct
@@ -13,14 +15,18 @@ from rollout_server.api.errors import ApiError
 
 
 class WebConfig(Struct, frozen=True, kw_only=True):
-    ipc_dir: str
+    ipc_dirs: list[str]
+    """One a replica: the directory of its manager's `web.ipc`."""
     model_dir: str
     parent_pid: int
     kv_tokens: int
+    """Of one replica's cache on the device."""
     served_name: str
     listen_fd: int
     """Inherited socket, bound and listening already."""
     admin_key: str
+    host_kv_tokens: int = 0
+    """Of one replica's cache outside the device."""
     api_key: str | None = None
     """None lets everybody in."""
     aliases: list[str] = []
@@ -28,21 +34,26 @@ class WebConfig(Struct, frozen=True, kw_only=True):
     store: str | None = None
     """Path or URL of the episode store; None serves no episodes."""
 
-    def check_model(self, name: str) -> None:
-        """Raises ApiError unless clients may call the model by this name."""
+    def check_model(self, name: str, adapters: Iterable[str] = ()) -> None:
+        """Raises ApiError unless clients may call the policy by this name. `adapters` are the names served beside it."""
         known = [self.served_name, *self.aliases]
         if not any(fnmatchcase(name, pattern) for pattern in known):
             raise ApiError(
                 404,
-                f"the model {name!r} does not exist; served here: {', '.join(known)}",
+                f"the model {name!r} does not exist; served here: {', '.join([*known, *adapters])}",
                 param="model",
                 code="model_not_found",
             )
 
     def context_limit(self) -> int:
         """Tokens that prompt and reply may have together."""
-        model = json.loads((Path(self.model_dir) / "config.json").read_text())
-        return min(int(model["max_position_embeddings"]), self.kv_tokens)
+        return min(int(self._model()["max_position_embeddings"]), self.kv_tokens)
+
+    def vocab_size(self) -> int:
+        return int(self._model()["vocab_size"])
+
+    def _model(self) -> dict[str, Any]:
+        return dict(json.loads((Path(self.model_dir) / "config.json").read_text()))
 
 
 def read_web_config(path: Path) -> WebConfig:

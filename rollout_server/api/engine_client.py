@@ -1,8 +1,15 @@
-"""The web process's end of the line to the manager: typed messages over one ZeroMQ PAIR socket, inside asyncio.
+"""The web process's end of the line to one manager: typed messages over a ZeroMQ PAIR socket, inside asyncio.
 
-The client connects, the manager binds. A generation is opened with `submit` and closed by leaving its `with` block:
-whatever ends it early (a stop string, a client that went away) sends `Cancel`. When the line breaks, everything that
-waits fails with `engine_unavailable` instead of waiting for ever. Single-threaded: use it from one event loop.
+The client connects, the manager binds. `submit` opens a request with a stream for each of its `n` choices; leaving a
+stream's `with` block closes it, and leaving the generation's closes all. Once every stream is closed, what the engine
+has not finished is cancelled (a stop string was found, a client went away). When the line breaks, everything that waits
+fails with `engine_unavailable` instead of waiting for ever. Single-threaded: use it from one event loop.
+
+    client = EngineClient(ipc_dir)          # the directory of the manager's web.ipc
+    client.start()                          # inside the running event loop
+    with client.submit(prompt_ids, sampling, n=4) as generation:
+        tokens = await generation.streams[2].read()
+    client.close()
 """
 
 from __future__ import annotations
@@ -12,7 +19,7 @@ import itertools
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -20,18 +27,23 @@ from zmq.utils.monitor import recv_monitor_message
 from rollout_server import messages as m
 from rollout_server.api.errors import EngineError
 
+Reply = TypeVar("Reply", m.Scored, m.Updated, m.Done, m.Stats)
+Question = m.Score | m.UpdateWeights | m.UnloadAdapter | m.Pause | m.Resume | m.Sleep | m.Wake | m.GetStats
 
-class Generation:
-    """One running request. Tokens that arrive between two reads come merged into one message."""
 
-    def __init__(self, request_id: str, cancel: Callable[[str], None]) -> None:
-        self.request_id = request_id
-        self._cancel = cancel
+class Stream:
+    """One choice of a request. Tokens that arrive between two reads come merged into one message."""
+
+    def __init__(self, closed: Callable[[], None]) -> None:
+        self._closed = closed
         self._arrived: list[m.Tokens] = []
         self._failure: EngineError | None = None
-        self._finished = False
         self._to_end = False
         self._waiter: asyncio.Future[None] | None = None
+        self.open = True
+        """Somebody may still read."""
+        self.finished = False
+        """The engine has sent the last word."""
 
     async def read(self, *, to_end: bool = False) -> m.Tokens:
         """The tokens sampled since the last read, at least one message; `to_end` waits for the last one.
@@ -54,18 +66,24 @@ class Generation:
         arrived, self._arrived = self._arrived, []
         return _merge(arrived) if arrived else None
 
-    def _ready(self, to_end: bool) -> bool:
-        return self._failure is not None or (self._finished if to_end else bool(self._arrived))
-
     def deliver(self, message: m.Tokens | EngineError) -> None:
         if isinstance(message, EngineError):
             self._failure = message
-            self._finished = True
+            self.finished = True
         else:
-            self._arrived.append(message)
-            self._finished = message.finish_reason is not None
+            if self.open:
+                self._arrived.append(message)
+            self.finished = message.finish_reason is not None
         if self._waiter is not None and not self._waiter.done() and self._ready(self._to_end):
             self._waiter.set_result(None)
+
+    def close(self) -> None:
+        """Nobody will read on; what has arrived can still be taken."""
+        self.open = False
+        self._closed()
+
+    def _ready(self, to_end: bool) -> bool:
+        return self._failure is not None or (self.finished if to_end else bool(self._arrived))
 
     def __enter__(self) -> Self:
         return self
@@ -73,8 +91,59 @@ class Generation:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._finished:
+        self.close()
+
+
+class Generation:
+    """One running request and the streams of its choices. `ended` is called once, however it ends."""
+
+    def __init__(self, request_id: str, n: int, cancel: Callable[[str], None], ended: Callable[[], None]) -> None:
+        self.request_id = request_id
+        self.streams = [Stream(self._cancel_if_deserted) for _ in range(n)]
+        self._cancel = cancel
+        self._ended: Callable[[], None] | None = ended
+
+    @property
+    def ended(self) -> bool:
+        """The engine is done with it, or was told to forget it."""
+        return self._ended is None
+
+    async def read(self, *, to_end: bool = False) -> m.Tokens:
+        """Of the only choice, or the first; see `Stream.read`."""
+        return await self.streams[0].read(to_end=to_end)
+
+    def deliver(self, message: m.Tokens | EngineError) -> None:
+        if isinstance(message, EngineError):
+            for stream in self.streams:
+                if not stream.finished:
+                    stream.deliver(message)
+            self._end()
+            return
+        self.streams[message.index].deliver(message)
+        if message.finish_reason is not None and all(stream.finished for stream in self.streams):
+            self._end()
+
+    def close(self) -> None:
+        for stream in self.streams:
+            stream.close()
+
+    def _cancel_if_deserted(self) -> None:
+        if not self.ended and not any(stream.open and not stream.finished for stream in self.streams):
             self._cancel(self.request_id)
+            self._end()
+
+    def _end(self) -> None:
+        if self._ended is not None:
+            ended, self._ended = self._ended, None
+            ended()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 def _merge(parts: list[m.Tokens]) -> m.Tokens:
@@ -82,6 +151,7 @@ def _merge(parts: list[m.Tokens]) -> m.Tokens:
         return parts[0]
     return m.Tokens(
         request_id=parts[0].request_id,
+        index=parts[0].index,
         ids=[i for part in parts for i in part.ids],
         logprobs=[x for part in parts for x in part.logprobs],
         versions=[v for part in parts for v in part.versions],
@@ -92,6 +162,8 @@ def _merge(parts: list[m.Tokens]) -> m.Tokens:
 
 
 class EngineClient:
+    """`ipc_dir` is the directory of the manager's `web.ipc`."""
+
     def __init__(self, ipc_dir: Path) -> None:
         self._address = f"ipc://{ipc_dir}/web.ipc"
         self._numbers = itertools.count()
@@ -116,8 +188,7 @@ class EngineClient:
 
     def hang_up(self) -> None:
         """Fail whatever waits and whatever comes: the server is about to end."""
-        self._ending = EngineError("shutting_down", "the server is shutting down")
-        self._fail_all(self._ending)
+        self._end(EngineError("shutting_down", "the server is shutting down"))
 
     def close(self) -> None:
         self.hang_up()
@@ -128,46 +199,87 @@ class EngineClient:
         self._socket.close(0)
         self._context.term()
 
-    def submit(self, prompt_ids: list[int], sampling: m.SamplingParams) -> Generation:
-        """Raises EngineError when the server is about to end."""
+    def submit(
+        self,
+        prompt_ids: list[int],
+        sampling: m.SamplingParams,
+        *,
+        n: int = 1,
+        adapter: str = "",
+        priority: int = 0,
+        ended: Callable[[], None] = lambda: None,
+    ) -> Generation:
+        """`n` choices of one prompt, which is computed once; choice i is drawn with (seed, i, t).
+
+        Raises EngineError when the server is about to end.
+        """
         request_id = self._new_id()
-        generation = Generation(request_id, self.cancel)
+        generation = Generation(request_id, n, self.cancel, ended)
         self._generations[request_id] = generation
-        self._send(m.Submit(request_id=request_id, prompt_ids=prompt_ids, sampling=sampling))
+        self._send(
+            m.Submit(
+                request_id=request_id,
+                prompt_ids=prompt_ids,
+                sampling=sampling,
+                n=n,
+                priority=priority,
+                adapter=adapter,
+            )
+        )
         return generation
 
     def cancel(self, request_id: str) -> None:
-        if self._generations.pop(request_id, None) is not None:
+        if self._generations.pop(request_id, None) is not None and self._ending is None:
             self._send(m.Cancel(request_id=request_id))
 
-    async def score(self, ids: list[int]) -> m.Scored:
-        reply = await self._ask(m.Score(request_id=self._new_id(), ids=ids))
-        assert isinstance(reply, m.Scored)
-        return reply
+    async def score(self, ids: list[int], adapter: str = "") -> m.Scored:
+        return await self._ask(m.Score(request_id=self._new_id(), ids=ids, adapter=adapter), m.Scored)
 
-    async def update_weights(self, path: str, version: int) -> m.Updated:
-        reply = await self._ask(m.UpdateWeights(request_id=self._new_id(), path=path, version=version))
-        assert isinstance(reply, m.Updated)
-        return reply
+    async def update_weights(
+        self, source: m.WeightSource, version: int, *, adapter: str = "", running: m.Running = "reprefill"
+    ) -> m.Updated:
+        """Raises EngineError `weights_rejected`; the old weights are whole and live then."""
+        return await self._ask(
+            m.UpdateWeights(
+                request_id=self._new_id(), source=source, version=version, adapter=adapter, running=running
+            ),
+            m.Updated,
+        )
 
-    async def stats(self) -> dict[str, float]:
-        reply = await self._ask(m.GetStats(request_id=self._new_id()))
-        assert isinstance(reply, m.Stats)
-        return reply.values
+    async def unload_adapter(self, adapter: str) -> None:
+        await self._ask(m.UnloadAdapter(request_id=self._new_id(), adapter=adapter), m.Done)
+
+    async def pause(self, running: m.Running = "keep") -> None:
+        await self._ask(m.Pause(request_id=self._new_id(), running=running), m.Done)
+
+    async def resume(self) -> None:
+        await self._ask(m.Resume(request_id=self._new_id()), m.Done)
+
+    async def sleep(self, level: int = 1) -> None:
+        await self._ask(m.Sleep(request_id=self._new_id(), level=level), m.Done)
+
+    async def wake(self) -> None:
+        await self._ask(m.Wake(request_id=self._new_id()), m.Done)
+
+    async def stats(self, *, check: bool = False) -> dict[str, float]:
+        """Counters; `check` verifies pages and tree first (EngineError `integrity`)."""
+        return (await self._ask(m.GetStats(request_id=self._new_id(), check=check), m.Stats)).values
 
     def _new_id(self) -> str:
         if self._ending is not None:
             raise self._ending
         return f"web-{next(self._numbers)}"
 
-    async def _ask(self, question: m.Score | m.UpdateWeights | m.GetStats) -> m.FromManager:
-        reply: asyncio.Future[m.FromManager] = self._loop.create_future()
-        self._replies[question.request_id] = reply
+    async def _ask(self, question: Question, kind: type[Reply]) -> Reply:
+        waiter: asyncio.Future[m.FromManager] = self._loop.create_future()
+        self._replies[question.request_id] = waiter
         self._send(question)
         try:
-            return await reply
+            reply = await waiter
         finally:
             self._replies.pop(question.request_id, None)
+        assert isinstance(reply, kind), f"{type(reply).__name__} in answer to {type(question).__name__}"
+        return reply
 
     def _send(self, message: m.ToManager) -> None:
         self._socket.send(m.encode(message), zmq.NOBLOCK)
@@ -186,9 +298,9 @@ class EngineClient:
         answer = EngineError(message.code, message.message) if isinstance(message, m.Failed) else message
         generation = self._generations.get(key)
         if generation is not None and isinstance(answer, m.Tokens | EngineError):
-            if isinstance(answer, EngineError) or answer.finish_reason is not None:
-                del self._generations[key]
             generation.deliver(answer)
+            if generation.ended:
+                self._generations.pop(key, None)
             return
         reply = self._replies.get(key)
         if reply is None or reply.done():
@@ -204,9 +316,11 @@ class EngineClient:
                 recv_monitor_message(self._monitor, zmq.NOBLOCK)
             except zmq.Again:
                 return
-            self._fail_all(EngineError("engine_unavailable", "the engine's manager process went away"))
+            self._end(EngineError("engine_unavailable", "the engine's manager process went away"))
 
-    def _fail_all(self, error: EngineError) -> None:
+    def _end(self, error: EngineError) -> None:
+        """Managers do not come back: once the line is down, whatever comes fails as what waits does."""
+        self._ending = self._ending or error
         generations, self._generations = self._generations, {}
         for generation in generations.values():
             generation.deliver(error)

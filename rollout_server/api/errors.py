@@ -14,6 +14,7 @@ _TYPES = {
     401: "authentication_error",
     404: "invalid_request_error",
     405: "invalid_request_error",
+    409: "invalid_request_error",
     413: "invalid_request_error",
 }
 
@@ -22,6 +23,11 @@ _ENGINE_STATUS = {
     "too_large": 400,
     "invalid_token_ids": 400,
     "weights_rejected": 400,
+    "model_not_found": 404,
+    "checksum_mismatch": 409,
+    "replicas_disagree": 500,
+    "integrity": 500,
+    "aborted": 503,
     "worker_failed": 503,
     "engine_unavailable": 503,
     "shutting_down": 503,
@@ -44,7 +50,8 @@ class ApiError(Exception):
 
 
 class EngineError(Exception):
-    """The engine refused or lost a request; `code` is one of `messages.Failed`'s, or `engine_unavailable`."""
+    """The engine refused or lost a request; `code` is one of `messages.Failed`'s, or one of the web process's own:
+    `engine_unavailable`, `checksum_mismatch`, `replicas_disagree`."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)

@@ -1,7 +1,8 @@
 """The life of one request, whatever its dialect: choices are admitted, sampled side by side, recorded, and handed on.
 
-Each choice runs in a task of its own. It is durable in the store before its end is handed on; when the client goes away
-its tasks are cancelled, the engine forgets them, and what they sampled is recorded with finish reason `abort`.
+The choices of one prompt are one request to the engine; each is read in a task of its own. It is durable in the store
+before its end is handed on; when the client goes away its tasks are cancelled, the engine forgets them, and what they
+sampled is recorded with finish reason `abort`.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from lightning_rl.episode import Call, Sampling, Span
 from rollout_server.api.choice import Choice, Piece
 from rollout_server.api.config import WebConfig
 from rollout_server.api.conversation import ConversationIndex, Prompt
-from rollout_server.api.engine_client import EngineClient
+from rollout_server.api.engine_client import Generation, Stream
 from rollout_server.api.errors import ApiError
 from rollout_server.api.recorder import EpisodeLog, Recorder
 from rollout_server.api.render import Renderer
+from rollout_server.api.replicas import Replicas
 from rollout_server.api.requests import ChatRequest, CompletionRequest
-from rollout_server.api.sampling import choice_seeds, sampling_params
+from rollout_server.api.sampling import prompt_seeds, sampling_params
 from rollout_server.api.tool_prompt import Message
+from rollout_server.messages import SamplingParams
 
 T = TypeVar("T")
 
@@ -41,7 +44,8 @@ class Services:
 
     config: WebConfig
     context_limit: int
-    engine: EngineClient
+    vocab_size: int
+    engine: Replicas
     renderer: Renderer
     conversations: ConversationIndex
     recorder: Recorder | None
@@ -53,6 +57,13 @@ class Services:
         task.add_done_callback(self.tasks.discard)
         return task
 
+    def adapter(self, model: str) -> str:
+        """The adapter that clients mean by this model name; "" for the policy. Raises ApiError for an unknown name."""
+        if model in self.engine.adapters:
+            return model
+        self.config.check_model(model, self.engine.adapters)
+        return ""
+
     async def episode(self, episode_id: str | None) -> EpisodeLog | None:
         if episode_id is None:
             return None
@@ -61,11 +72,39 @@ class Services:
         return await self.recorder.episode(episode_id)
 
 
+@dataclass
+class Sampled:
+    """One prompt with all its choices, as the engine is asked for it: when the first choice is read."""
+
+    engine: Replicas
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    n: int
+    adapter: str
+    priority: int
+    _generation: Generation | None = None
+
+    def stream(self, number: int) -> Stream:
+        """Of choice `number`. Raises EngineError when the server is about to end."""
+        if self._generation is None:
+            self._generation = self.engine.submit(
+                self.prompt_ids, self.sampling, n=self.n, adapter=self.adapter, priority=self.priority
+            )
+        return self._generation.streams[number]
+
+    def close(self) -> None:
+        if self._generation is not None:
+            self._generation.close()
+
+
 @dataclass(frozen=True)
 class Plan:
     """One choice of a request, and the call that it will be recorded as."""
 
     index: int
+    sampled: Sampled
+    number: int
+    """Which of its prompt's choices it is."""
     call_id: str
     call_index: int
     parent_id: str | None
@@ -83,8 +122,10 @@ class Exchange:
         body: dict[str, Any],
         respond: Callable[[Plan], Message],
     ) -> None:
+        """Raises ApiError when the request's model is not served here."""
         self.services = services
         self.request = request
+        self.adapter = services.adapter(request.model)
         self._log = log
         self._body = body
         self._respond = respond
@@ -93,6 +134,11 @@ class Exchange:
         self.id = uuid.uuid4().hex
         self.plans: list[Plan] = []
         self.replies: dict[int, Message] = {}
+
+    @property
+    def model(self) -> str:
+        """The name of what answers, whatever alias the client used."""
+        return self.adapter or self.services.config.served_name
 
     @property
     def scope(self) -> str:
@@ -105,22 +151,27 @@ class Exchange:
     def admit(self, prompts: list[Prompt], inclusive_stops: tuple[str, ...] = ()) -> None:
         """Plan `n` choices for each prompt. Raises ApiError if a prompt is too long."""
         imposed = self._log.sampling if self._log else Sampling()
-        spread = [prompt for prompt in prompts for _ in range(self.request.n)]
         first = self._log.next_index if self._log else 0
-        seeds = choice_seeds(self.request, imposed, first, len(spread))
-        for index, (prompt, seed) in enumerate(zip(spread, seeds, strict=True)):
+        seeds = prompt_seeds(self.request, imposed, first, len(prompts))
+        n = self.request.n
+        for prompt, seed in zip(prompts, seeds, strict=True):
             params = sampling_params(
                 self.request,
                 imposed,
                 prompt_tokens=len(prompt.ids),
                 context_limit=self.services.context_limit,
+                vocab_size=self.services.vocab_size,
                 eos_ids=self.services.renderer.stop_ids,
                 seed=seed,
             )
-            choice = Choice(prompt.ids, params, self.request.stops, inclusive_stops)
-            self.plans.append(Plan(index, f"{self.id}-{index}", first + index, prompt.parent_id, choice))
+            sampled = Sampled(self.services.engine, prompt.ids, params, n, self.adapter, self.request.priority)
+            for number in range(n):
+                index = len(self.plans)
+                choice = Choice(prompt.ids, params, self.request.stops, inclusive_stops)
+                plan = Plan(index, sampled, number, f"{self.id}-{index}", first + index, prompt.parent_id, choice)
+                self.plans.append(plan)
         if self._log is not None:
-            self._log.reserve(len(spread))
+            self._log.reserve(len(self.plans))
 
     async def events(self, *, reads_along: bool) -> AsyncIterator[tuple[Plan, Piece | None]]:
         """Pieces as they come (only if `reads_along`), and None for each choice that is finished and durable."""
@@ -144,12 +195,13 @@ class Exchange:
                 unfinished -= event is None
                 yield plan, event
         finally:
-            for task in tasks:
+            for task, plan in zip(tasks, self.plans, strict=True):
                 task.cancel()
+                plan.sampled.close()
 
     async def _conduct(self, plan: Plan, on_piece: Callable[[Piece], None] | None) -> None:
         try:
-            await plan.choice.run(self.services.engine, self.services.renderer.tokenizer, on_piece)
+            await plan.choice.run(plan.sampled.stream(plan.number), self.services.renderer.tokenizer, on_piece)
         finally:  # also when cancelled: what was sampled is recorded
             reply = self.replies[plan.index] = self._respond(plan)
             if self._log is not None and self.services.recorder is not None:
@@ -162,7 +214,7 @@ class Exchange:
             id=plan.call_id,
             episode_id=episode_id,
             index=plan.call_index,
-            model=self.services.config.served_name,
+            model=self.model,
             prompt_ids=choice.prompt_ids,
             sampled_ids=choice.ids,
             logprobs=choice.logprobs,

@@ -17,10 +17,6 @@ from rollout_server.api.errors import ApiError
 from rollout_server.api.tool_prompt import Message
 
 _OFF: dict[str, Sequence[Any]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "echo": (False,),
@@ -32,6 +28,7 @@ _TYPES = {"str", "int"}
 """What pydantic puts into the path of an error inside a union."""
 
 Natural = Annotated[int, Field(ge=1)]
+TokenId = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]
 
 
 class _Strict(BaseModel):
@@ -50,6 +47,12 @@ class _Sampled(_Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=-1)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] = {}
+    priority: int = 0
+    """Lower goes first."""
     seed: int | None = None
     n: Annotated[int, Field(ge=1, le=256)] = 1
     stop: str | list[str] = []
@@ -65,6 +68,11 @@ class _Sampled(_Strict):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+
+    @property
+    def bias(self) -> dict[int, float]:
+        """JSON's keys are strings."""
+        return {int(token_id): bias for token_id, bias in self.logit_bias.items()}
 
     @property
     def stops(self) -> list[str]:

@@ -1,15 +1,16 @@
 """The manager process: between the web's requests and the worker's passes. No torch here.
 
-`python -m rollout_server.manager.process CONFIG.json`. While a pass runs, requests are taken in; a weight update
-waits for the pass to end, and everything that arrives after it meets the new version.
+`python -m rollout_server.manager.process CONFIG.json`. The worker has up to `lookahead` passes queued beyond the one that
+runs. When results arrive, the next pass is planned and sent before the web hears of them; requests are taken in while
+passes run. The answers of a pass go to the web as one multi-part ZeroMQ message, a part each: it wakes up once.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
-from collections import deque
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -18,9 +19,12 @@ import zmq
 from lightning_rl.lifetime import die_with_parent
 from rollout_server import messages as m
 from rollout_server.config import EngineConfig, read_engine_config
-from rollout_server.manager.scheduler import Sampled, Scheduler
+from rollout_server.manager.control import ControlQueue
+from rollout_server.manager.refusal import Refused
+from rollout_server.manager.scheduler import Scheduler
 
-log = logging.getLogger("lrl.manager")
+GARBAGE_THRESHOLD = 100_000
+"""Objects made between two searches for garbage cycles. Nothing here makes cycles by the pass; each search is a pause."""
 
 
 class Manager:
@@ -34,104 +38,120 @@ class Manager:
             page_size=ready.page_size,
             max_batch=engine.max_batch,
             max_step_tokens=engine.max_step_tokens,
+            lookahead=engine.lookahead,
+            host_pages=ready.host_pages,
         )
-        self.updates: deque[m.UpdateWeights] = deque()
-        self.busy = False
-        """The worker has a message of ours that it has not answered."""
+        self.control = ControlQueue(self.scheduler)
 
     def run(self) -> None:
         poller = zmq.Poller()
         poller.register(self.web, zmq.POLLIN)
         poller.register(self.worker, zmq.POLLIN)
         while True:
-            events = dict(poller.poll())
-            if self.worker in events:
-                self._from_worker(m.decode_from_worker(self.worker.recv()))
-            while self.web.poll(0):
-                self._from_web(m.decode_to_manager(self.web.recv()))
-            if not self.busy:
-                self._next()
+            poller.poll()
+            self.turn()
 
-    def _next(self) -> None:
-        update = self.updates[0] if self.updates else None
-        message = m.Load(path=update.path, version=update.version) if update else self.scheduler.plan()
-        if message is not None:
-            self.worker.send(m.encode(message))
-            self.busy = True
+    def turn(self) -> None:
+        """Take in all that has arrived. The worker's results come first: it must not wait."""
+        while (frame := _receive(self.worker)) is not None:
+            replies = self._from_worker(m.decode_from_worker(frame))
+            if not self.control.holds_planning:  # otherwise what it answers comes after these
+                self._feed()
+            self._reply(replies)
+        while (frame := _receive(self.web)) is not None:
+            self._reply(self._from_web(m.decode_to_manager(frame)))
+        self._feed()
 
-    def _from_web(self, message: m.ToManager) -> None:
+    def _feed(self) -> None:
+        """Queue passes at the worker as far as results and look-ahead allow, or what must have it for itself."""
+        while self.control.holds_planning:
+            message, replies = self.control.next()
+            self._reply(replies)
+            if message is not None:
+                self.worker.send(m.encode(message))
+            elif not replies:
+                return
+        while (forward := self.scheduler.plan()) is not None:
+            self.worker.send(m.encode(forward))
+
+    def _from_web(self, message: m.ToManager) -> Sequence[m.FromManager]:
         match message:
-            case m.Submit(request_id=request_id, prompt_ids=ids, sampling=sampling, priority=priority):
-                self._submit(request_id, ids, sampling, priority)
-            case m.Score(request_id=request_id, ids=ids):
-                self._submit(request_id, ids, None, 0)
-            case m.Cancel(request_id=request_id):
-                self.scheduler.cancel(request_id)
-            case m.UpdateWeights():
-                self.updates.append(message)
-            case m.GetStats(request_id=request_id):
-                self._send(m.Stats(request_id=request_id, values=self._stats()))
+            case m.Submit():
+                return self._submit(message)
+            case m.Score(request_id=key, ids=[_], adapter=adapter) if adapter in self.scheduler.versions:
+                return [m.Scored(request_id=key, logprobs=[], version=self.scheduler.versions[adapter])]
+            case m.Score(request_id=key, ids=ids, adapter=adapter):
+                return self._enqueue(key, ids, None, adapter=adapter)
+            case m.Cancel(request_id=key):
+                self.scheduler.cancel(key)
+                return []
+            case m.GetStats(request_id=key, check=check):
+                return [self._stats(key, check)]
+            case _:
+                self.control.push(message)
+                return []
 
-    def _submit(self, request_id: str, ids: list[int], sampling: m.SamplingParams | None, priority: int) -> None:
-        limit = self.ready.max_positions
-        length = len(ids) + (0 if sampling is None else 1)
-        if not ids or length > limit:
-            text = (
-                "the prompt is empty" if not ids else f"the prompt has {len(ids)} tokens, the model's limit is {limit}"
-            )
-            self._send(m.Failed(request_id=request_id, code="context_length_exceeded", message=text))
-            return
-        if not 0 <= min(ids) <= max(ids) < self.ready.vocab_size:
-            text = f"token ids must lie in 0 … {self.ready.vocab_size - 1}"
-            self._send(m.Failed(request_id=request_id, code="invalid_token_ids", message=text))
-            return
-        if sampling is not None and len(ids) + sampling.max_tokens > limit:
-            sampling = msgspec.structs.replace(sampling, max_tokens=limit - len(ids))
-        try:
-            self.scheduler.submit(request_id, ids, sampling, priority)
-        except ValueError as error:
-            self._send(m.Failed(request_id=request_id, code="too_large", message=str(error)))
-
-    def _from_worker(self, message: m.FromWorker) -> None:
-        self.busy = False
+    def _from_worker(self, message: m.FromWorker) -> Sequence[m.FromManager]:
         match message:
             case m.Forwarded():
-                for event in self.scheduler.apply(message):
-                    self._send(self._answer(event))
-            case m.Loaded(version=version, checksum=checksum, error=error):
-                update = self.updates.popleft()
-                if error is not None:
-                    self._send(m.Failed(request_id=update.request_id, code="weights_rejected", message=error))
-                    return
-                self.scheduler.set_version(version)
-                self._send(m.Updated(request_id=update.request_id, version=version, checksum=checksum))
+                return self.scheduler.apply(message)
+            case m.Loaded():
+                return self.control.loaded(message)
+            case m.Acknowledged():
+                return self.control.acknowledged(message)
+            case m.Ready():
+                raise RuntimeError("the worker was ready before: it must have been restarted")
 
-    def _answer(self, event: Sampled) -> m.FromManager:
-        if event.scores is not None:
-            return m.Scored(request_id=event.request_id, logprobs=event.scores, version=self.scheduler.version)
-        return m.Tokens(
-            request_id=event.request_id,
-            ids=[event.id],
-            logprobs=[event.logprob],
-            versions=[self.scheduler.version],
-            top_logprobs=[event.top_logprobs] if event.top_logprobs else [],
-            finish_reason=event.finish_reason,
-            cached_tokens=event.cached_tokens,
-        )
+    def _submit(self, submit: m.Submit) -> list[m.FromManager]:
+        room = self.ready.max_positions - len(submit.prompt_ids)
+        sampling = submit.sampling
+        if room < sampling.max_tokens:
+            sampling = msgspec.structs.replace(sampling, max_tokens=max(1, room))
+        return self._enqueue(submit.request_id, submit.prompt_ids, sampling, submit.priority, submit.n, submit.adapter)
 
-    def _stats(self) -> dict[str, float]:
-        pool = self.scheduler.pool
-        return {
-            **asdict(self.scheduler.counters),
-            "version": self.scheduler.version,
-            "pages_total": pool.total,
-            "pages_free": pool.free,
-            "pages_cached": self.scheduler.tree.size,
-            **self.scheduler.queue_lengths(),
-        }
+    def _enqueue(
+        self,
+        key: str,
+        ids: list[int],
+        sampling: m.SamplingParams | None,
+        priority: int = 0,
+        n: int = 1,
+        adapter: str = "",
+    ) -> list[m.FromManager]:
+        try:
+            self._check(ids, sampling)
+            self.scheduler.submit(key, ids, sampling, priority, n, adapter)
+        except Refused as refused:
+            return [m.Failed(request_id=key, code=refused.code, message=str(refused))]
+        return []
 
-    def _send(self, message: m.FromManager) -> None:
-        self.web.send(m.encode(message))
+    def _check(self, ids: list[int], sampling: m.SamplingParams | None) -> None:
+        limit = self.ready.max_positions
+        if not ids:
+            raise Refused("context_length_exceeded", "the prompt is empty")
+        if len(ids) + (sampling is not None) > limit:
+            raise Refused("context_length_exceeded", f"the prompt has {len(ids)} tokens, the model's limit is {limit}")
+        if not 0 <= min(ids) <= max(ids) < self.ready.vocab_size:
+            raise Refused("invalid_token_ids", f"token ids must lie in 0 … {self.ready.vocab_size - 1}")
+
+    def _stats(self, key: str, check: bool) -> m.FromManager:
+        if check:
+            try:
+                self.scheduler.check_integrity()
+            except AssertionError as broken:
+                return m.Failed(request_id=key, code="integrity", message=str(broken))
+        return m.Stats(request_id=key, values=self.scheduler.stats())
+
+    def _reply(self, replies: Sequence[m.FromManager]) -> None:
+        if replies:
+            self.web.send_multipart([m.encode(reply) for reply in replies], copy=True)
+
+
+def _receive(socket: zmq.Socket[bytes]) -> bytes | None:
+    try:
+        return socket.recv(zmq.NOBLOCK)
+    except zmq.Again:
+        return None
 
 
 def serve(engine: EngineConfig) -> None:
@@ -140,7 +160,10 @@ def serve(engine: EngineConfig) -> None:
     for socket, name in ((web, "web"), (worker, "worker")):
         socket.set_hwm(0)  # nothing is ever dropped; what is in flight is bounded by the web's admission
         socket.bind(f"ipc://{engine.ipc_dir}/{name}.ipc")
-    Manager(engine, web, worker).run()
+    manager = Manager(engine, web, worker)
+    gc.freeze()
+    gc.set_threshold(GARBAGE_THRESHOLD)
+    manager.run()
 
 
 if __name__ == "__main__":

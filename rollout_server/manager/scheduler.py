@@ -1,298 +1,551 @@
 """Decides what each forward pass computes. Plain Python, no clock, no I/O: given the same calls it does the same.
 
-First come, first served within a priority. Every pass decodes one token of each running sequence and fills what is
-left of its token budget with prompts, in chunks. When pages run out, cached prefixes are evicted first, then the
-youngest running sequence is preempted: it keeps what it sampled and returns to the head of the queue.
+Every pass decodes one token of each running sequence and fills what is left of its token budget with prompts, in chunks.
+Up to `lookahead` passes are planned beyond the one whose results are awaited; a token that is not known yet is named by the
+slot that drew it. The queue's head is admitted while the simulated peak of pages fits (`admission`), and nobody overtakes
+it. Where that was too hopeful, cached prefixes are evicted first, then the youngest running sequence of the lowest priority is
+preempted: it keeps what it sampled and returns to its place in the queue.
+
+Prompts are prefilled one after the other, so that whatever the next one shares with those before is in the tree when
+its turn comes: no prefix is computed twice while it is kept.
 """
 
 from __future__ import annotations
 
 import itertools
-from bisect import insort
-from dataclasses import dataclass, field
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
 
-from rollout_server.manager.pages import PagePool
-from rollout_server.manager.prefix_tree import PrefixTree, Root
-from rollout_server.manager.sequence import Sequence
-from rollout_server.messages import Forward, Forwarded, Row, SamplingParams
+from rollout_server import messages as m
+from rollout_server.manager.counters import Counters
+from rollout_server.manager.gate import Gate
+from rollout_server.manager.integrity import check_integrity
+from rollout_server.manager.memory import Memory
+from rollout_server.manager.pass_plan import Completion, PassPlan
+from rollout_server.manager.prefix_tree import NO_MATCH, Match, Root
+from rollout_server.manager.refusal import Refused
+from rollout_server.manager.sequence import Request, Sequence
+from rollout_server.manager.waiting import WaitingQueue
 
-
-@dataclass
-class Counters:
-    """Monotonic; what a benchmark or a test compares instead of a clock."""
-
-    steps: int = 0
-    prefill_tokens: int = 0
-    """Prompt tokens computed, re-prefills after preemption or an update included."""
-    cached_tokens: int = 0
-    """Prompt tokens found in the prefix tree."""
-    sampled_tokens: int = 0
-    preemptions: int = 0
-    finished: int = 0
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """A token, or a finished score, of one sequence."""
-
-    request_id: str
-    id: int = -1
-    logprob: float = 0.0
-    top_logprobs: list[tuple[int, float]] = field(default_factory=list)
-    finish_reason: str | None = None
-    cached_tokens: int = 0
-    scores: list[float] | None = None
+LAST_DRAWN = [-1]
 
 
 class Scheduler:
-    def __init__(self, *, pages: int, page_size: int, max_batch: int, max_step_tokens: int, version: int = 0) -> None:
-        self.page_size, self.max_batch, self.max_step_tokens = page_size, max_batch, max_step_tokens
-        self.pool = PagePool(pages)
-        self.tree = PrefixTree(self.pool, page_size)
-        self.version = version
+    def __init__(
+        self,
+        *,
+        pages: int,
+        page_size: int,
+        max_batch: int,
+        max_step_tokens: int,
+        lookahead: int = 0,
+        host_pages: int = 0,
+        version: int = 0,
+    ) -> None:
+        self.max_step_tokens, self.lookahead = max_step_tokens, lookahead
+        self.memory = Memory(pages=pages, page_size=page_size, host_pages=host_pages)
+        self.versions: dict[str, int] = {"": version}
+        """Of each adapter that is loaded; `""` is the policy."""
         self.counters = Counters()
-        self._waiting: list[tuple[int, int, Sequence]] = []
-        self._running: list[Sequence] = []
-        self._planned: list[tuple[Sequence, int]] = []
-        self._cancelled: set[str] = set()
+        self.paused = self.asleep = False
+        self.slots = min(max_batch, max_step_tokens)
+        """No more than can decode in one pass."""
+        self.free_slots = list(range(self.slots - 1, -1, -1))
+        self.requests: dict[str, Request] = {}
+        self.waiting = WaitingQueue()
+        self.running: list[Sequence] = []
+        """By priority and arrival."""
+        self.in_flight: deque[PassPlan] = deque()
+        self.prefilling: Sequence | None = None
+        """The one running sequence whose prompt is part-way planned."""
+        self._gate = Gate(self.memory)
         self._numbers = itertools.count()
 
     # requests ---------------------------------------------------------------------------------------------------------
 
-    def submit(self, request_id: str, ids: list[int], sampling: SamplingParams | None, priority: int = 0) -> None:
+    def submit(
+        self,
+        request_id: str,
+        ids: list[int],
+        sampling: m.SamplingParams | None,
+        priority: int = 0,
+        n: int = 1,
+        adapter: str = "",
+    ) -> None:
         """Queue a request: `sampling` None asks for the log-prob of ids[1:]. Lower `priority` goes first.
 
-        Raises ValueError when it could not run even alone.
+        Raises Refused when it could not run even alone.
         """
+        size, total = self.memory.page_size, self.memory.pool.total
         longest = len(ids) + (sampling.max_tokens if sampling else 0)
-        if -(-longest // self.page_size) > self.pool.total:
-            raise ValueError(f"{longest} tokens do not fit in the KV cache of {self.pool.total * self.page_size}")
-        sequence = Sequence(next(self._numbers), request_id, list(ids), len(ids), sampling, priority)
-        insort(self._waiting, (priority, sequence.number, sequence), key=lambda entry: entry[:2])
+        if -(-longest // size) > total:
+            raise Refused("too_large", f"{longest} tokens do not fit in the KV cache of {total * size}")
+        if sampling is None and len(ids) < 2:
+            raise Refused("invalid_token_ids", "one token alone has nothing to score")
+        if adapter not in self.versions:
+            raise Refused("model_not_found", f"no adapter {adapter!r} is loaded", hint="load it, or ask for the policy")
+        if request_id in self.requests:
+            raise ValueError(f"request {request_id!r} is under way already")
+        request = Request(request_id, live=n)
+        self.requests[request_id] = request
+        for index in range(n):
+            sequence = Sequence(
+                number=next(self._numbers),
+                request=request,
+                ids=list(ids),
+                sampling=sampling,
+                index=index,
+                priority=priority,
+                adapter=adapter,
+                prompt_length=len(ids),
+                max_tokens=sampling.max_tokens if sampling else 0,
+                stop_ids=sampling.stop_ids if sampling else (),
+                serial=sampling is not None and sampling.needs_history,
+            )
+            request.choices.append(sequence)
+            self.waiting.push(sequence)
 
     def cancel(self, request_id: str) -> None:
-        """Forget a request. One that is in the pass under way is dropped when its results arrive."""
-        for sequence, _ in self._planned:
-            if sequence.request_id == request_id:
-                self._cancelled.add(request_id)
-                return
-        for entry in self._waiting:
-            if entry[2].request_id == request_id:
-                self._waiting.remove(entry)
-                return
-        for sequence in self._running:
-            if sequence.request_id == request_id:
-                self._retire(sequence)
-                return
-
-    def set_version(self, version: int) -> None:
-        """New weights are live: no page of the old ones is read again. Running sequences re-prefill what they have.
-
-        Only between passes.
-        """
-        if self._planned:
-            raise RuntimeError("weights changed while a pass was under way")
-        for sequence in reversed(self._running):
-            self._requeue(sequence)
-        self._running.clear()
-        for root in self.tree.roots():
-            self.tree.drop(root)
-        self.version = version
+        """Forget a request. What passes under way sample for it is dropped. Unknown ids are ignored."""
+        request = self.requests.pop(request_id, None)
+        for sequence in request.choices if request else []:
+            if sequence.ended:
+                continue
+            sequence.ended = True
+            if sequence.slot >= 0:
+                self._leave(sequence)
+            else:
+                self.waiting.discard(sequence)
 
     @property
     def idle(self) -> bool:
-        return not self._waiting and not self._running
+        return not self.requests and not self.in_flight
 
-    def queue_lengths(self) -> dict[str, float]:
-        return {"waiting": len(self._waiting), "running": len(self._running)}
+    # weights, pauses --------------------------------------------------------------------------------------------------
 
-    # passes -----------------------------------------------------------------------------------------------------------
+    def update(self, adapter: str, version: int, *, base: bool, running: m.Running) -> list[m.Failed]:
+        """New weights are live: of one adapter (`""`: the policy's own), or the base below all. Nothing may be in flight.
 
-    def plan(self) -> Forward | None:
-        """The next pass, or None when there is nothing to do. `apply` must follow before the next `plan`."""
-        if self._planned:
-            raise RuntimeError("the last pass has no results yet")
-        rows: list[Row] = []
-        budget = self.max_step_tokens
-        for sequence in list(self._running):  # decodes first: they have waited longest
-            if sequence.pending == 1 and sequence in self._running and self._secure(sequence, 1):
-                rows.append(self._row(sequence, 1))
-                budget -= 1
-        for sequence in list(self._running):  # then prompts already begun
-            if sequence.pending > 1 and budget > 0 and sequence in self._running:
-                budget -= self._prefill(sequence, budget, rows)
-        while budget > 0 and self._waiting and len(self._running) < self.max_batch:
-            sequence = self._waiting[0][2]
-            if not self._admit(sequence):
-                break
-            self._waiting.pop(0)
-            self._running.append(sequence)
-            budget -= self._prefill(sequence, budget, rows)
-        if not rows:
-            return None
-        self.counters.steps += 1
-        return Forward(step=self.counters.steps, rows=rows)
+        Returns the requests that fail under `abort`.
+        """
+        self._require_quiet()
+        affected: Callable[[Sequence], bool] = lambda sequence: base or sequence.adapter == adapter  # noqa: E731
+        failed = self._abort(affected, f"the weights changed to version {version}") if running == "abort" else []
+        for root in self.memory.tree.roots():
+            if base or root[1] == adapter:
+                self.memory.drop(root)
+        for sequence in [s for s in self.running if affected(s)]:
+            if running == "keep" and sequence.sampling is not None:
+                sequence.private = True
+                sequence.leaf = sequence.tail = None
+                sequence.in_tree = 0
+            else:
+                self._requeue(sequence, remember=False)
+        self.versions["" if base else adapter] = version
+        return failed
 
-    def apply(self, results: Forwarded) -> list[Sampled]:
-        """Take in the results of the planned pass, in its row order."""
-        events: list[Sampled] = []
-        planned, self._planned = self._planned, []
-        for i, (sequence, count) in enumerate(planned):
-            sequence.computed += count
-            if sequence.request_id in self._cancelled:
-                self._cancelled.discard(sequence.request_id)
-                self._retire(sequence)
-            elif sequence.sampling is None:
-                sequence.scores += results.scores[i]
-                if sequence.pending == 0:
-                    self._retire(sequence)
-                    events.append(Sampled(sequence.request_id, scores=sequence.scores, finish_reason="stop"))
-            elif results.ids[i] >= 0:
-                events.append(self._take(sequence, results, i))
-        return events
-
-    def _take(self, sequence: Sequence, results: Forwarded, row: int) -> Sampled:
-        assert sequence.sampling is not None
-        token = results.ids[row]
-        sequence.ids.append(token)
-        self.counters.sampled_tokens += 1
-        reason = None
-        if token in sequence.sampling.stop_ids:
-            reason = "stop"
-        elif sequence.sampled >= sequence.sampling.max_tokens:
-            reason = "length"
-        if reason:
-            self._retire(sequence)
-            self.counters.finished += 1
-        return Sampled(
-            sequence.request_id,
-            token,
-            results.logprobs[row],
-            results.top_logprobs[row] if results.top_logprobs else [],
-            reason,
-            sequence.cached_tokens,
+    def unload(self, adapter: str) -> list[m.Failed]:
+        """Forget a named adapter; all its requests fail. Nothing may be in flight."""
+        self._require_quiet()
+        failed = self._fail(
+            [r for r in self.requests.values() if r.choices[0].adapter == adapter], f"adapter {adapter!r} was unloaded"
         )
+        self.memory.drop((self.versions.pop(adapter), adapter))
+        return failed
+
+    def pause(self, running: m.Running) -> list[m.Failed]:
+        """Plan nothing more until `resume`. Nothing may be in flight. Returns the requests that fail under `abort`."""
+        self._require_quiet()
+        self.paused = True
+        if running == "abort":
+            return self._abort(lambda sequence: True, "the engine was paused")
+        if running == "reprefill":
+            for sequence in list(self.running):
+                self._requeue(sequence, remember=True)
+        return []
+
+    def resume(self) -> None:
+        self.paused = False
+
+    def sleep(self) -> None:
+        """Give up all keys and values. Nothing may be in flight."""
+        self._require_quiet()
+        self.paused = self.asleep = True
+        for sequence in list(self.running):
+            self._requeue(sequence, remember=False)
+        for root in self.memory.tree.roots():
+            self.memory.drop(root)
+
+    def wake(self) -> None:
+        self.paused = self.asleep = False
+
+    def _require_quiet(self) -> None:
+        if self.in_flight:
+            raise RuntimeError("passes are under way")
+
+    def _abort(self, affected: Callable[[Sequence], bool], why: str) -> list[m.Failed]:
+        """Fail the requests that are under way: a choice runs, or has sampled."""
+        return self._fail(
+            [
+                request
+                for request in self.requests.values()
+                if any(
+                    affected(choice) and (choice.slot >= 0 or choice.sampled > 0 or choice.ended)
+                    for choice in request.choices
+                )
+            ],
+            why,
+        )
+
+    def _fail(self, requests: list[Request], why: str) -> list[m.Failed]:
+        for request in requests:
+            self.cancel(request.request_id)
+        return [m.Failed(request_id=request.request_id, code="aborted", message=why) for request in requests]
 
     # planning ---------------------------------------------------------------------------------------------------------
 
-    @property
-    def _root(self) -> Root:
-        return (self.version, "")
+    def plan(self) -> m.Forward | None:
+        """The next pass; None when there is nothing to do, or nothing before results of earlier passes are applied."""
+        if self.paused or self.asleep or len(self.in_flight) > self.lookahead:
+            return None
+        plan = PassPlan(self.counters.steps + 1)
+        self._decode(plan)
+        if not plan.stalled:
+            self._continue_prefill(plan)
+        if not plan.stalled:
+            self._admit(plan)
+        self.memory.settle()
+        if not plan.rows:
+            return None
+        plan.decoding = plan.drawing()
+        self.in_flight.append(plan)
+        counters = self.counters
+        counters.steps = plan.step
+        counters.copied_pages += len(plan.copies)
+        counters.offloaded_pages += len(plan.offloads)
+        counters.restored_pages += len(plan.restores)
+        counters.evicted_pages = self.memory.evicted
+        return plan.forward()
 
-    def _admit(self, sequence: Sequence) -> bool:
-        """Take over the known prefix; False when there is no room for the rest beside what is running."""
-        nodes = [] if sequence.sampling is None else self.tree.match(self._root, sequence.ids)
-        for node in nodes:
-            self.pool.hold(node.page)
-        needed = -(-(len(sequence.ids) + 1) // self.page_size) - len(nodes)
-        if self.pool.free < needed:
-            self.tree.evict(needed - self.pool.free)
-        if self.pool.free < needed:
-            for node in nodes:
-                self.pool.release(node.page)
-            return False
-        self.tree.touch(nodes)
-        sequence.pages = [node.page for node in nodes]
-        sequence.in_tree = len(nodes)
-        sequence.leaf = nodes[-1] if nodes else None
-        sequence.off_tree = sequence.sampling is None
-        sequence.computed = len(nodes) * self.page_size
-        if sequence.sampled == 0:
-            sequence.cached_tokens = sequence.computed
-        self.counters.cached_tokens += sequence.computed
-        return True
-
-    def _prefill(self, sequence: Sequence, budget: int, rows: list[Row]) -> int:
-        count = min(sequence.pending, budget)
-        if not self._secure(sequence, count):
-            return 0
-        rows.append(self._row(sequence, count))
-        self.counters.prefill_tokens += count
-        return count
-
-    def _secure(self, sequence: Sequence, count: int) -> bool:
-        """Pages for `count` more tokens, if need be at the cost of cached prefixes and younger sequences.
-
-        False when the sequence itself had to give way.
-        """
-        missing = -(-(sequence.computed + count) // self.page_size) - len(sequence.pages)
-        while missing > self.pool.free:
-            if self.tree.evict(missing - self.pool.free):
+    def _decode(self, plan: PassPlan) -> None:
+        step, prefilling = plan.step, self.prefilling
+        add_row, add_sequence = plan.rows.append, plan.decoding.append
+        for sequence in self.running:
+            drawn = sequence.drawn
+            if drawn >= sequence.max_tokens or sequence is prefilling:
                 continue
-            in_pass = {planned.number for planned, _ in self._planned}
-            victims = [s for s in self._running if s.number not in in_pass]
-            victim = max(victims, key=lambda s: (s.priority, s.number), default=sequence)
-            self._preempt(victim)
+            ids, at = sequence.ids, sequence.planned
+            known = len(ids)
+            if sequence.serial and at >= known:
+                continue
+            if at >= sequence.room:
+                if not self._make_room(sequence, plan):
+                    if plan.stalled:
+                        return
+                    continue
+                self.memory.extend(sequence, 1, plan)
+            if sequence.serial:
+                draw = sequence.draw()
+            else:
+                draw = m.Draw(slot=sequence.slot, at=drawn)
+            token = LAST_DRAWN if at >= known else [ids[at]]
+            sent = sequence.sent
+            if sent == len(sequence.pages):
+                add_row(m.Row(slot=sequence.slot, ids=token, start=at, draws=[draw]))
+            else:
+                pages = sequence.pages[sent:]
+                add_row(m.Row(slot=sequence.slot, ids=token, start=at, pages=pages, first_page=sent, draws=[draw]))
+                sequence.sent = len(sequence.pages)
+            sequence.planned = at + 1
+            sequence.drawn = drawn + 1
+            sequence.last_step = step
+            add_sequence(sequence)
+
+    def _make_room(self, sequence: Sequence, plan: PassPlan) -> bool:
+        """See that one more page is available, if need be at the cost of the youngest.
+
+        False when there is none: for this pass (`plan.stalled`), or because the sequence itself had to give way.
+        """
+        while not self.memory.available:
+            victim = self.running[-1]
+            if self.in_flight or victim.last_step == plan.step:
+                plan.stalled = True
+                return False
+            self.counters.preemptions += 1
+            self._gate.close(None, plan.step)
+            self._requeue(victim, remember=True)
             if victim is sequence:
                 return False
-        sequence.pages += [self.pool.take() for _ in range(missing)]
         return True
 
-    def _row(self, sequence: Sequence, count: int) -> Row:
-        start = sequence.computed
-        complete = start + count == len(sequence.ids)
-        scoring = sequence.sampling is None
-        row = Row(
-            sequence=sequence.number,
-            ids=sequence.ids[start : start + count],
+    def _continue_prefill(self, plan: PassPlan) -> None:
+        sequence = self.prefilling
+        budget = self.max_step_tokens - len(plan.rows)
+        if sequence is None or budget <= 0:
+            return
+        if sequence.planned >= sequence.room and not self._make_room(sequence, plan):
+            return
+        room = sequence.room + self.memory.available * self.memory.page_size
+        count = min(budget, sequence.target - sequence.planned, room - sequence.planned)
+        self._prefill(sequence, count, plan)
+
+    def _prefill(self, sequence: Sequence, count: int, plan: PassPlan) -> None:
+        start = sequence.planned
+        end = start + count
+        missing = -(-end // self.memory.page_size) - len(sequence.pages)
+        if missing > 0:
+            self.memory.extend(sequence, missing, plan)
+        row = m.Row(
+            slot=sequence.slot,
+            ids=sequence.ids[start:end],
             start=start,
-            pages=list(sequence.pages),
-            sampling=sequence.sampling if complete else None,
-            draw=sequence.sampled,
-            targets=sequence.ids[start + 1 : start + count + 1] if scoring else [],
+            pages=sequence.pages[sequence.sent :],
+            first_page=sequence.sent,
+            targets=sequence.ids[start + 1 : end + 1] if sequence.sampling is None else [],
         )
-        self._planned.append((sequence, count))
-        self._enter_tree(sequence, start + count)
-        return row
+        plan.rows.append(row)
+        sequence.sent = len(sequence.pages)
+        sequence.planned = end
+        sequence.last_step = plan.step
+        self._count_prefill(sequence, start, end)
+        complete = end == sequence.target
+        self.prefilling = None if complete else sequence
+        if sequence.sampling is None:
+            plan.scored.append((sequence, complete))
+            return
+        plan.pages += self.memory.remember(sequence, plan.step)
+        if complete:
+            self.memory.remember_tail(sequence, plan.step)
+            completion = Completion(sequence, row, [])
+            plan.completions.append(completion)
+            self._join(sequence, completion)
 
-    def _enter_tree(self, sequence: Sequence, computed: int) -> None:
-        size = self.page_size
-        while not sequence.off_tree and (sequence.in_tree + 1) * size <= computed:
-            at = sequence.in_tree
-            key = tuple(sequence.ids[at * size : (at + 1) * size])
-            node = self.tree.insert(self._root, sequence.leaf, key, sequence.pages[at])
-            if node is None:
-                sequence.off_tree = True
-                return
-            sequence.leaf = node
-            sequence.in_tree += 1
+    def _join(self, sequence: Sequence, completion: Completion) -> None:
+        """Draw from the logits of the completed prompt."""
+        completion.row.draws.append(sequence.draw())
+        completion.drawing.append(sequence)
+        sequence.drawn += 1
 
-    def _preempt(self, sequence: Sequence) -> None:
-        self.counters.preemptions += 1
-        self._running.remove(sequence)
-        self._requeue(sequence)
+    def _count_prefill(self, sequence: Sequence, start: int, end: int) -> None:
+        if sequence.sampling is None:
+            self.counters.scored_tokens += end - start
+            return
+        reached = sequence.reached
+        self.counters.recomputed_tokens += max(0, min(end, reached) - start)
+        self.counters.prefill_tokens += max(0, min(end, sequence.prompt_length) - max(start, reached))
 
-    def _requeue(self, sequence: Sequence) -> None:
-        self._free(sequence)
+    # admission --------------------------------------------------------------------------------------------------------
+
+    def _admit(self, plan: PassPlan) -> None:
+        """Start sequences from the head of the queue until one does not fit."""
+        if self._gate.is_closed(self.waiting.head(), self.running, plan.step):
+            return
+        budget = self.max_step_tokens - sum(len(row.ids) for row in plan.rows) if len(self.waiting) else 0
+        while self.free_slots and (head := self.waiting.head()) is not None:
+            completion = plan.completion_of(head)
+            if completion is not None:
+                if not self._fits_beside(head, completion.sequence, plan.step):
+                    break
+                self._open(self.waiting.pop(), plan)
+                self.memory.fork(head, completion.sequence)
+                self._start_counting(head, head.planned, len(head.ids), completion.sequence)
+                head.last_step = plan.step
+                self._join(head, completion)
+                continue
+            if budget <= 0 or self.prefilling is not None:
+                break
+            match = self._fitting_match(head, plan)
+            if match is None:
+                break
+            self._open(self.waiting.pop(), plan)
+            self.memory.attach(head, match, self._root(head), plan)
+            self._start_counting(head, head.planned, match.known, None)
+            count = min(budget, head.target - head.planned)
+            budget -= count
+            self._prefill(head, count, plan)
+
+    def _root(self, sequence: Sequence) -> Root:
+        return (self.versions[sequence.adapter], sequence.adapter)
+
+    def _fitting_match(self, head: Sequence, plan: PassPlan) -> Match | None:
+        """What is known of the head's ids; None when it cannot start in this pass."""
+        match = NO_MATCH if head.sampling is None else self.memory.tree.match(self._root(head), head.ids)
+        if match.partial is not None and match.partial.step >= plan.step:
+            return None  # the page that it will copy is computed in this very pass
+        if self.memory.newly_needed(match, len(head.ids)) <= self.memory.available:
+            on_device = [node.page for node in match.nodes if node.page >= 0]
+            return match if self._gate.fits(head, on_device, self.running, plan.step) else None
+        if self.running or self.in_flight or plan.rows:
+            self._gate.close(head, plan.step)
+            return None
+        return match._replace(partial=None, partial_tokens=0)  # without a page to copy from, it fits alone
+
+    def _fits_beside(self, head: Sequence, leader: Sequence, step: int) -> bool:
+        whole = len(leader.ids) // self.memory.page_size
+        return self.memory.available > 0 and self._gate.fits(head, leader.pages[:whole], self.running, step)
+
+    def _open(self, sequence: Sequence, plan: PassPlan) -> None:
+        sequence.slot = self.free_slots.pop()
+        plan.opens.append(
+            m.Open(slot=sequence.slot, sampling=sequence.sampling, index=sequence.index, adapter=sequence.adapter)
+        )
+        insort(self.running, sequence, key=_rank)
+        sequence.private = sequence.sampling is None
+
+    def _start_counting(self, sequence: Sequence, found: int, known: int, leader: Sequence | None) -> None:
+        self.counters.cached_tokens += found
+        sequence.reached = max(sequence.reached, known)
+        if sequence.drawn == 0:
+            siblings = leader is not None and leader.request is sequence.request
+            sequence.cached_tokens = leader.cached_tokens if leader is not None and siblings else found
+
+    # leaving ----------------------------------------------------------------------------------------------------------
+
+    def _requeue(self, sequence: Sequence, *, remember: bool) -> None:
+        """A running sequence gives up its pages and its slot, and waits for its turn again."""
+        self._leave(sequence, remember=remember)
         sequence.scores = []
-        insort(self._waiting, (sequence.priority, sequence.number, sequence), key=lambda entry: entry[:2])
+        self.waiting.push(sequence)
 
-    def _retire(self, sequence: Sequence) -> None:
-        if sequence in self._running:
-            self._running.remove(sequence)
-        self._free(sequence)
+    def _leave(self, sequence: Sequence, *, remember: bool = True) -> None:
+        """Out of the batch. Its pages and its slot stay held until the passes that it is in are applied."""
+        del self.running[bisect_left(self.running, _rank(sequence), key=_rank)]
+        if self.prefilling is sequence:
+            self.prefilling = None
+        doubles: list[int] = []
+        if remember:
+            doubles = self.memory.remember(sequence, self.counters.steps)
+            self.memory.remember_tail(sequence, self.counters.steps)
+        pages = sequence.pages + ([sequence.source] if sequence.source >= 0 else []) + doubles
+        last = self._pass(sequence.last_step)
+        if last is not None:
+            last.pages += pages
+            last.slots.append(sequence.slot)
+        else:
+            self.memory.release(pages)
+            self.free_slots.append(sequence.slot)
+        self._gate.left += 1
+        sequence.reached = max(sequence.reached, min(sequence.planned, len(sequence.ids)))
+        sequence.slot, sequence.pages, sequence.room, sequence.sent = -1, [], 0, 0
+        sequence.planned, sequence.in_tree, sequence.leaf, sequence.tail = 0, 0, None, None
+        sequence.source = -1
+        sequence.private = False
 
-    def _free(self, sequence: Sequence) -> None:
-        for page in sequence.pages:
-            self.pool.release(page)
-        sequence.pages = []
-        sequence.computed = sequence.in_tree = 0
-        sequence.leaf = None
+    def _pass(self, step: int) -> PassPlan | None:
+        """The pass of that number, if it is in flight."""
+        if self.in_flight and step >= self.in_flight[0].step:
+            return self.in_flight[step - self.in_flight[0].step]
+        return None
 
-    # invariants -------------------------------------------------------------------------------------------------------
+    # results ----------------------------------------------------------------------------------------------------------
+
+    def apply(self, results: m.Forwarded) -> list[m.Tokens | m.Scored]:
+        """Take in the results of the oldest pass under way. One message a choice that sampled, or finished score.
+
+        Raises RuntimeError when they are not of that pass.
+        """
+        plan = self.in_flight[0] if self.in_flight else None
+        if plan is None or results.step != plan.step or len(results.ids) != len(plan.decoding):
+            raise RuntimeError(f"results of pass {results.step} do not belong to the oldest pass under way")
+        self.in_flight.popleft()
+        replies: list[m.Tokens | m.Scored] = []
+        for (sequence, last), scores in zip(plan.scored, results.scores, strict=True):
+            if sequence.ended:
+                continue
+            sequence.scores += scores
+            if last:
+                version = self.versions[sequence.adapter]
+                replies.append(
+                    m.Scored(request_id=sequence.request.request_id, logprobs=sequence.scores, version=version)
+                )
+                self._end(sequence)
+        self._take_tokens(plan.decoding, results, replies)
+        self.memory.release(plan.pages)
+        self.free_slots += plan.slots
+        return replies
+
+    def _take_tokens(
+        self, drawing: Iterable[Sequence], results: m.Forwarded, replies: list[m.Tokens | m.Scored]
+    ) -> None:
+        size, versions, tops = self.memory.page_size, self.versions, results.top_logprobs
+        surplus = sampled = 0
+        for at, (sequence, token, logprob) in enumerate(zip(drawing, results.ids, results.logprobs, strict=True)):
+            if sequence.ended:
+                surplus += 1
+                continue
+            ids = sequence.ids
+            ids.append(token)
+            length = len(ids)
+            sampled += 1
+            reason = None
+            if token in sequence.stop_ids:
+                reason = "stop"
+            elif length - sequence.prompt_length >= sequence.max_tokens:
+                reason = "length"
+            top = tops[at] if tops else None
+            replies.append(
+                m.Tokens(
+                    request_id=sequence.request.request_id,
+                    index=sequence.index,
+                    ids=[token],
+                    logprobs=[logprob],
+                    versions=[versions[sequence.adapter]],
+                    top_logprobs=[top] if top else [],
+                    finish_reason=reason,
+                    cached_tokens=sequence.cached_tokens,
+                )
+            )
+            if reason is not None:
+                self._gate.predictor.finished(length - sequence.prompt_length, sequence.max_tokens)
+                self._end(sequence)
+            elif length >= (sequence.in_tree + 1) * size and not sequence.private:
+                self._remember(sequence)
+        self.counters.sampled_tokens += sampled
+        self.counters.surplus_tokens += surplus
+
+    def _remember(self, sequence: Sequence) -> None:
+        doubles = self.memory.remember(sequence, self.counters.steps)
+        if doubles:
+            last = self._pass(sequence.last_step)
+            if last is not None:
+                last.pages += doubles
+            else:
+                self.memory.release(doubles)
+
+    def _end(self, sequence: Sequence) -> None:
+        sequence.ended = True
+        self.counters.finished += 1
+        self._leave(sequence)
+        request = sequence.request
+        request.live -= 1
+        if not request.live:
+            del self.requests[request.request_id]
+            request.choices.clear()
+
+    # looking in -------------------------------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, float]:
+        memory = self.memory
+        return {
+            **asdict(self.counters),
+            "version": self.versions[""],
+            "adapters": len(self.versions) - 1,
+            "pages_total": memory.pool.total,
+            "pages_free": memory.pool.free,
+            "pages_cached": memory.tree.size,
+            "host_pages_total": memory.host.total,
+            "host_pages_free": memory.host.free,
+            "waiting": len(self.waiting),
+            "running": len(self.running),
+            "in_flight": len(self.in_flight),
+        }
 
     def check_integrity(self) -> None:
-        """Every page's holders are exactly the sequences and tree nodes that name it; AssertionError otherwise."""
-        expected = [0] * self.pool.total
-        for sequence in self._running:
-            for page in sequence.pages:
-                expected[page] += 1
-        tree = self.tree.pages()
-        assert len(tree) == len(set(tree)) == self.tree.size, "a page stands twice in the prefix tree"
-        for page in tree:
-            expected[page] += 1
-        actual = [self.pool.holders(page) for page in range(self.pool.total)]
-        assert actual == expected, "pages held differ from pages named"
-        assert self.pool.free == expected.count(0), "free list differs from unheld pages"
-        assert all(not s.pages for _, _, s in self._waiting), "a waiting sequence holds pages"
-        assert all(root == self._root for root in self.tree.roots()), "pages of an old version are in the tree"
+        """Raises AssertionError saying what is inconsistent: pages, references, tree, host tier, slots, queues."""
+        check_integrity(self)
+
+
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    return sequence.priority, sequence.number

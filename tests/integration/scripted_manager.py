@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import zmq
 
 from rollout_server import messages as m
@@ -22,15 +23,25 @@ Script = Callable[[m.Submit], list[m.FromManager]]
 
 class ScriptedManager:
     def __init__(self, ipc_dir: Path) -> None:
-        self.script: Script = lambda submit: []
-        self.submitted: list[m.Submit] = []
-        self.cancelled: list[str] = []
+        self.reset()
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.PAIR)
         self._socket.bind(f"ipc://{ipc_dir}/web.ipc")
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
+
+    def reset(self) -> None:
+        """Forget what was heard and what to answer."""
+        self.script: Script = lambda submit: []
+        self.submitted: list[m.Submit] = []
+        self.cancelled: list[str] = []
+        self.changes: list[m.ToManager] = []
+        """Updates, unloads, pauses and the like, in order."""
+        self.refuses: dict[type, m.Failed] = {}
+        """What kinds of change fail, and how (the request id is filled in)."""
+        self.checksum = "sum"
+        self.stats = {"version": 3.0}
 
     def stop(self) -> None:
         """As if the process had died. Idempotent."""
@@ -49,6 +60,8 @@ class ScriptedManager:
 
     def _answers(self, message: m.ToManager) -> list[m.FromManager]:
         key = message.request_id
+        if type(message) in self.refuses:
+            return [msgspec.structs.replace(self.refuses[type(message)], request_id=key)]
         match message:
             case m.Submit():
                 self.submitted.append(message)
@@ -58,21 +71,30 @@ class ScriptedManager:
                 return []
             case m.Score(ids=ids):
                 return [m.Scored(request_id=key, logprobs=[-float(i) for i in ids[1:]], version=3)]
-            case m.UpdateWeights(path="/refused"):
-                return [m.Failed(request_id=key, code="weights_rejected", message="no such file")]
             case m.UpdateWeights(version=version):
-                return [m.Updated(request_id=key, version=version, checksum=f"sum-{version}")]
+                self.changes.append(message)
+                return [m.Updated(request_id=key, version=version, checksum=f"{self.checksum}-{version}")]
             case m.GetStats():
-                return [m.Stats(request_id=key, values={"version": 3.0})]
+                return [m.Stats(request_id=key, values=self.stats)]
+            case m.UnloadAdapter() | m.Pause() | m.Resume() | m.Sleep() | m.Wake():
+                self.changes.append(message)
+                return [m.Done(request_id=key)]
 
 
 def tokens(
-    submit: m.Submit, ids: list[int], finish_reason: str | None = None, *, version: int = 3, cached: int = 0
+    submit: m.Submit,
+    ids: list[int],
+    finish_reason: str | None = None,
+    *,
+    index: int = 0,
+    version: int = 3,
+    cached: int = 0,
 ) -> m.Tokens:
     """Sampled tokens, the log-prob of id i being -i/1000."""
     top = [[(i, -i / 1000), (17, -50.0)] for i in ids] if submit.sampling.top_logprobs else []
     return m.Tokens(
         request_id=submit.request_id,
+        index=index,
         ids=ids,
         logprobs=[-i / 1000 for i in ids],
         versions=[version] * len(ids),
@@ -82,11 +104,14 @@ def tokens(
     )
 
 
-def one_by_one(ids: list[int], finish_reason: str = "stop") -> Script:
-    def script(submit: m.Submit) -> list[m.FromManager]:
-        return [tokens(submit, [i], finish_reason if n == len(ids) - 1 else None) for n, i in enumerate(ids)]
-
-    return script
+def one_by_one(submit: m.Submit, choices: list[list[int]], finish_reason: str = "stop") -> list[m.FromManager]:
+    """The ids of each choice, token by token, the choices interleaved."""
+    return [
+        tokens(submit, [ids[at]], finish_reason if at == len(ids) - 1 else None, index=index)
+        for at in range(max(map(len, choices)))
+        for index, ids in enumerate(choices)
+        if at < len(ids)
+    ]
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import httpx
 import openai
@@ -44,9 +45,10 @@ class Web:
         return openai.OpenAI(base_url=f"{self.url}{prefix}/v1", api_key=key, max_retries=0, timeout=20)
 
     def says(self, *texts: str, end: bool = True) -> None:
-        """Answer the coming requests with these texts, token by token."""
+        """Answer the coming choices with these texts, token by token."""
         waiting = [self.renderer.encode(text) + ([END] if end else []) for text in texts]
-        self.manager.script = lambda submit: one_by_one(waiting.pop(0), "stop" if end else "length")(submit)
+        reason = "stop" if end else "length"
+        self.manager.script = lambda submit: one_by_one(submit, [waiting.pop(0) for _ in range(submit.n)], reason)
 
     def begin(self, episode: str, **sampling: Any) -> openai.OpenAI:
         task = Task(id="t", input={})
@@ -66,7 +68,7 @@ class Setting:
 
     def __call__(self, listen_fd: int) -> WebConfig:
         return WebConfig(
-            ipc_dir=str(self.ipc_dir),
+            ipc_dirs=[str(self.ipc_dir)],
             model_dir=str(self.model_dir),
             parent_pid=os.getpid(),
             kv_tokens=4096,
@@ -237,17 +239,65 @@ def test_stop_strings_cut_text_and_tokens(web: Web, stream: bool) -> None:
     wait_for(lambda: web.manager.cancelled == [web.manager.submitted[0].request_id])
 
 
-def test_n_choices_have_seeds_of_their_own(web: Web) -> None:
-    client = web.begin("ep-n", seed=1)
-    web.says("a", "b", "c")
-    made = client.chat.completions.create(model="tiny", messages=HELLO, n=3)
-    assert [choice.message.content for choice in made.choices] == ["a", "b", "c"]
-    assert [choice.index for choice in made.choices] == [0, 1, 2]
-    assert [s.sampling.seed for s in web.manager.submitted] == [derive_seed(1, 0, choice) for choice in range(3)]
-    assert sorted(call.index for call in web.store.episode("ep-n").calls) == [0, 1, 2]
+@pytest.mark.parametrize("stream", [False, True])
+def test_n_choices_are_one_request_to_the_engine(web: Web, stream: bool) -> None:
+    episode = f"ep-n-{stream}"
+    client = web.begin(episode, seed=1)
+    web.says("a", "b c d e", "c")
+    made: Any = client.chat.completions.create(model="tiny", messages=HELLO, n=3, stream=stream)
+    if stream:
+        texts = ["", "", ""]
+        for chunk in made:
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content or ""
+        assert texts == ["a", "b c d e", "c"]
+    else:
+        assert [choice.message.content for choice in made.choices] == ["a", "b c d e", "c"]
+        assert [choice.index for choice in made.choices] == [0, 1, 2]
+        assert made.usage.prompt_tokens == len(web.manager.submitted[0].prompt_ids)
+    assert [(s.n, s.sampling.seed) for s in web.manager.submitted] == [(3, derive_seed(1, 0, 0))]
+    calls = sorted(web.store.episode(episode).calls, key=lambda call: call.index)
+    assert [(call.index, call.response["content"]) for call in calls] == [(0, "a"), (1, "b c d e"), (2, "c")]
     web.says("d")
     client.chat.completions.create(model="tiny", messages=HELLO)
     assert web.manager.submitted[-1].sampling.seed == derive_seed(1, 3, 0)
+    assert web.manager.cancelled == []
+
+
+def test_one_choice_that_stops_does_not_end_the_others(web: Web) -> None:
+    """The request is cancelled only once every choice has met its stop string or its end."""
+    client = web.begin("ep-n-stop")
+    ids = [web.renderer.encode(text) for text in ("one STOP two", "a b c d e f", "x STOP y")]
+    web.manager.script = lambda submit: [
+        message for message in one_by_one(submit, ids) if message.index != 2 or message.finish_reason is None
+    ]
+    made = client.chat.completions.create(model="tiny", messages=HELLO, n=3, stop="STOP")
+    assert [choice.message.content for choice in made.choices] == ["one ", "a b c d e f", "x "]
+    assert [choice.finish_reason for choice in made.choices] == ["stop"] * 3
+    wait_for(lambda: web.manager.cancelled == [web.manager.submitted[0].request_id])
+
+
+def test_every_prompt_is_a_request_of_n_choices(web: Web) -> None:
+    web.says("a", "b", "c", "d")
+    made = web.client().completions.create(model="tiny", prompt=["p", "q"], n=2, seed=4)
+    assert [choice.text for choice in made.choices] == ["a", "b", "c", "d"]
+    assert [(s.n, s.sampling.seed) for s in web.manager.submitted] == [(2, derive_seed(4, p)) for p in (0, 1)]
+
+
+def test_a_failure_ends_all_choices_and_keeps_what_they_had(web: Web) -> None:
+    client = web.begin("ep-n-fail")
+    web.manager.script = lambda submit: [
+        tokens(submit, [100], "stop", index=1),
+        tokens(submit, [101], index=0),
+        m.Failed(request_id=submit.request_id, code="aborted", message="new weights"),
+    ]
+    with pytest.raises(openai.InternalServerError, match="new weights") as caught:
+        client.chat.completions.create(model="tiny", messages=HELLO, n=2)
+    assert (caught.value.status_code, caught.value.code) == (503, "aborted")
+    wait_for(lambda: web.store.call_count("ep-n-fail") == 2)
+    calls = sorted(web.store.episode("ep-n-fail").calls, key=lambda call: call.index)
+    assert [(call.sampled_ids, call.finish_reason) for call in calls] == [([101], "abort"), ([100], "stop")]
+    assert web.manager.cancelled == []
 
 
 def test_requests_without_seed_differ_and_with_seed_agree(web: Web) -> None:
@@ -280,9 +330,13 @@ def test_completions(web: Web) -> None:
 @pytest.mark.parametrize(
     ("extra", "param"),
     [
-        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"frequency_penalty": 3}, "frequency_penalty"),
+        ({"presence_penalty": -2.5}, "presence_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"five": 1}}, "logit_bias.five"),
+        ({"logit_bias": {"99999999": 1}}, "logit_bias"),
         ({"made_up": 1}, "made_up"),
         ({"tool_choice": "required", "tools": [TOOL]}, "tool_choice"),
         ({"temperature": -1}, "temperature"),
@@ -300,6 +354,26 @@ def test_what_is_not_served_is_refused_by_name(web: Web, extra: dict[str, Any], 
     assert caught.value.param == param
     assert param in caught.value.message
     assert caught.value.code is not None
+
+
+def test_sampling_parameters_reach_the_engine(web: Web) -> None:
+    web.says("ok")
+    web.client().chat.completions.create(
+        model="tiny",
+        messages=HELLO,
+        temperature=0.7,
+        top_p=0.9,
+        frequency_penalty=0.5,
+        presence_penalty=-1,
+        logit_bias={"5": 1, "0": -100},
+        extra_body={"repetition_penalty": 1.2, "top_k": 40, "min_p": 0.05, "priority": -3},
+    )
+    (submit,) = web.manager.submitted
+    sampling = submit.sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.7, 0.9, 40, 0.05)
+    assert (sampling.frequency_penalty, sampling.presence_penalty, sampling.repetition_penalty) == (0.5, -1.0, 1.2)
+    assert sampling.logit_bias == {5: 1.0, 0: -100.0}
+    assert submit.priority == -3
 
 
 def test_harmless_fields_and_values_are_let_through(web: Web) -> None:
@@ -437,11 +511,12 @@ def test_calls_go_on_counting_after_a_restart(tiny_llama: Path, tmp_path: Path, 
 def test_the_trainers_routes(web: Web) -> None:
     admin = AdminClient(web.url, "admin")
     assert admin.update_weights("/some/where", 4) == "sum-4"
+    assert web.manager.changes.pop() == m.UpdateWeights(
+        request_id=ANY, source=m.Directory(path="/some/where"), version=4
+    )
     assert admin.score([[1, 2, 3], [4, 5]]) == [[-2.0, -3.0], [-5.0]]
     assert admin.stats() == {"version": 3.0}
     admin.health()
-    with pytest.raises(ServerError, match="no such file"):
-        admin.update_weights("/refused", 5)
     with pytest.raises(ServerError, match="API key"):
         AdminClient(web.url, "secret").stats()
     assert web.client().models.list().data[0].id == "tiny"

@@ -197,8 +197,10 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> None:
 
 
 def test_sockets_are_private(server: RolloutServer) -> None:
-    directory = Path(server._engine.ipc_dir)
-    assert directory.stat().st_mode & 0o777 == 0o700
-    assert (directory / "config.json").stat().st_mode & 0o077 == 0
+    engine = server._directory / "0"
+    for directory in (server._directory, engine):
+        assert directory.stat().st_mode & 0o777 == 0o700
+        assert (directory / "config.json").stat().st_mode & 0o077 == 0
+    assert {path.name for path in engine.iterdir()} == {"config.json", "web.ipc", "worker.ipc"}
     with socket.create_connection(("127.0.0.1", int(server.base_url.rsplit(":", 1)[1]))):
         pass

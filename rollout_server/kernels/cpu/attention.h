@@ -1,0 +1,266 @@
+/* Causal attention over a paged cache, by blocks of four pages and tiles of up to six queries.
+ *
+ * A query meets its keys block by block from the first position on, with a running maximum, sum and weighted sum (Milakov and
+ * Gimelshein, 2018). Where rows share their first pages, their queries meet those together, as one product (Hydragen, Juravsky
+ * et al., 2024; the tree of shared runs is DeFT's, Yao et al., 2024), and each goes on with its own pages from the state it
+ * had: the blocks and their order are the same with and without sharing, and so are the bits.
+ *
+ * Layout, in lanes (one fp32, two bf16): keys [page, kv head, dim lanes, 16 positions], values [page, kv head, position lanes, dim].
+ */
+
+#define BLOCK_PAGES 4
+#define BLOCK (BLOCK_PAGES * PAGE)
+#if LRL_AVX512BF16
+#define QUERIES 6
+#else
+#define QUERIES 2
+#endif
+
+typedef struct {
+    const uint32_t *q;      /* query's lanes */
+    float *state;           /* [16 sums, maximum in lane 0 of 16, dim weighted sums] */
+    int64_t visible;        /* positions it sees */
+} ISA(query);
+
+/* One tile of queries against one block: positions `start` … `start` + 64, as far as there are pages. The first page stands in
+ * for those that are missing; its scores are masked there. */
+INLINE void ISA(block)(const attention_args *a, const ISA(query) * queries, int count, const int32_t *page, int pages,
+                       int64_t start, int kv_head, int bf16) {
+    const int dim = a->dim, lanes = bf16 ? dim / 2 : dim;
+    const size_t head = (size_t)lanes * PAGE, stride = head * a->kv_heads;
+    const uint32_t *key[BLOCK_PAGES], *value[BLOCK_PAGES];
+    for (int p = 0; p < BLOCK_PAGES; p++) {
+        const size_t at = page[p < pages ? p : 0] * stride + kv_head * head;
+        key[p] = (const uint32_t *)a->keys + at;
+        value[p] = (const uint32_t *)a->values + at;
+    }
+    f32x16 score[QUERIES][BLOCK_PAGES];
+#pragma GCC unroll 8
+    for (int m = 0; m < count; m++)
+#pragma GCC unroll 4
+        for (int p = 0; p < BLOCK_PAGES; p++) score[m][p] = (f32x16){0};
+    for (int k = 0; k < lanes; k++) {
+        u32x16 here[BLOCK_PAGES];
+#pragma GCC unroll 4
+        for (int p = 0; p < BLOCK_PAGES; p++) here[p] = ISA(load_lanes)(key[p] + k * PAGE);
+#pragma GCC unroll 8
+        for (int m = 0; m < count; m++) {
+            const u32x16 q = (u32x16){0} + queries[m].q[k];
+#pragma GCC unroll 4
+            for (int p = 0; p < BLOCK_PAGES; p++) score[m][p] = ISA(dp)(score[m][p], here[p], q, bf16);
+        }
+    }
+    uint32_t weight[QUERIES][BLOCK] __attribute__((aligned(64)));
+    const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#pragma GCC unroll 8
+    for (int m = 0; m < count; m++) {
+        float *state = queries[m].state;
+        const int64_t left = queries[m].visible - start;
+        f32x16 best = ISA(splat)(-INFINITY);
+#pragma GCC unroll 4
+        for (int p = 0; p < BLOCK_PAGES; p++) {
+            score[m][p] *= a->scale;
+            if (left < (p + 1) * PAGE) {
+                const i32x16 hidden = lane >= (int32_t)(left > p * PAGE ? left - p * PAGE : 0);
+                f32x16 low = ISA(splat)(-INFINITY);
+                u32x16 bits, none;
+                memcpy(&bits, &score[m][p], 64);
+                memcpy(&none, &low, 64);
+                bits = (bits & ~(u32x16)hidden) | (none & (u32x16)hidden);
+                memcpy(&score[m][p], &bits, 64);
+            }
+            best = ISA(larger)(best, score[m][p]);
+        }
+        const float before = state[16], now = ISA(top)(best);
+        const float top = now > before ? now : before;
+        f32x16 sums = ISA(load_f32)(state);
+        if (top > before) {
+            const float shrink = before == -INFINITY ? 0.0f : ISA(exp)(ISA(splat)(before - top))[0];
+            sums *= shrink;
+            for (int d = 0; d < dim; d += 16) {
+                const f32x16 x = ISA(load_f32)(state + 32 + d) * shrink;
+                memcpy(state + 32 + d, &x, 64);
+            }
+            state[16] = top;
+        }
+#pragma GCC unroll 4
+        for (int p = 0; p < BLOCK_PAGES; p++) {
+            f32x16 w = top == -INFINITY ? ISA(splat)(0.0f) : ISA(exp)(score[m][p] - top);
+            if (left < (p + 1) * PAGE) {
+                const i32x16 hidden = lane >= (int32_t)(left > p * PAGE ? left - p * PAGE : 0);
+                u32x16 bits;
+                memcpy(&bits, &w, 64);
+                bits &= ~(u32x16)hidden;
+                memcpy(&w, &bits, 64);
+            }
+            sums += w;
+            ISA(put)(weight[m], p * PAGE, w, bf16);
+        }
+        memcpy(state, &sums, 64);
+    }
+    const int steps = bf16 ? PAGE / 2 : PAGE;
+    for (int d = 0; d < dim; d += 64) {
+        const int wide = dim - d < 64 ? (dim - d) / 16 : 4;
+        f32x16 sum[QUERIES][4];
+        if (wide == 4) {
+#pragma GCC unroll 8
+            for (int m = 0; m < count; m++)
+#pragma GCC unroll 4
+                for (int c = 0; c < 4; c++) sum[m][c] = ISA(load_f32)(queries[m].state + 32 + d + c * 16);
+            for (int p = 0; p < pages; p++)
+                for (int j = 0; j < steps; j++) {
+                    u32x16 here[4];
+#pragma GCC unroll 4
+                    for (int c = 0; c < 4; c++) here[c] = ISA(load_lanes)(value[p] + j * dim + d + c * 16);
+#pragma GCC unroll 8
+                    for (int m = 0; m < count; m++) {
+                        const u32x16 w = (u32x16){0} + weight[m][p * steps + j];
+#pragma GCC unroll 4
+                        for (int c = 0; c < 4; c++) sum[m][c] = ISA(dp)(sum[m][c], here[c], w, bf16);
+                    }
+                }
+#pragma GCC unroll 8
+            for (int m = 0; m < count; m++)
+#pragma GCC unroll 4
+                for (int c = 0; c < 4; c++) memcpy(queries[m].state + 32 + d + c * 16, &sum[m][c], 64);
+        } else {
+            for (int c = 0; c < wide; c++) {
+#pragma GCC unroll 8
+                for (int m = 0; m < count; m++) sum[m][0] = ISA(load_f32)(queries[m].state + 32 + d + c * 16);
+                for (int p = 0; p < pages; p++)
+                    for (int j = 0; j < steps; j++) {
+                        const u32x16 here = ISA(load_lanes)(value[p] + j * dim + d + c * 16);
+#pragma GCC unroll 8
+                        for (int m = 0; m < count; m++)
+                            sum[m][0] = ISA(dp)(sum[m][0], here, (u32x16){0} + weight[m][p * steps + j], bf16);
+                    }
+#pragma GCC unroll 8
+                for (int m = 0; m < count; m++) memcpy(queries[m].state + 32 + d + c * 16, &sum[m][0], 64);
+            }
+        }
+    }
+}
+
+/* A tile against positions `from` … `to`; `from` is a multiple of the block. Queries that see nothing of a block sit it out:
+ * they stand first, since later tokens see more. */
+INLINE void ISA(walk)(const attention_args *a, const ISA(query) * queries, int count, const int32_t *table, int64_t from,
+                      int64_t to, int kv_head, int bf16) {
+    for (int64_t start = from; start < to; start += BLOCK) {
+        while (count && queries->visible <= start) queries++, count--;
+        const int64_t left = to - start;
+        const int pages = left >= BLOCK ? BLOCK_PAGES : (int)((left + PAGE - 1) / PAGE);
+        const int32_t *page = table + start / PAGE;
+        switch (count) {
+#define CASE(m) \
+    case m: ISA(block)(a, queries, m, page, pages, start, kv_head, bf16); break;
+            CASE(1) CASE(2)
+#if LRL_AVX512BF16
+            CASE(3) CASE(4) CASE(5) CASE(6)
+#endif
+#undef CASE
+        }
+    }
+}
+
+static __attribute__((noinline)) void ISA(walk_bf16)(const attention_args *a, const ISA(query) * queries, int count,
+                                                     const int32_t *table, int64_t from, int64_t to, int kv_head) {
+    ISA(walk)(a, queries, count, table, from, to, kv_head, 1);
+}
+
+static __attribute__((noinline)) void ISA(walk_f32)(const attention_args *a, const ISA(query) * queries, int count,
+                                                    const int32_t *table, int64_t from, int64_t to, int kv_head) {
+    ISA(walk)(a, queries, count, table, from, to, kv_head, 0);
+}
+
+INLINE void ISA(fresh)(float *state, int dim) {
+    memset(state, 0, (32 + dim) * sizeof(float));
+    state[16] = -INFINITY;
+}
+
+/* One shared run and one kv head: the queries of all its rows, tile by tile. */
+static void ISA(shared)(const attention_args *a, const int32_t *run, const int32_t *rows, int kv_head, int64_t part,
+                        int64_t parts, int bf16) {
+    const int count = run[0], first = run[1], last = run[2], group = a->heads / a->kv_heads;
+    const int32_t *table = a->tables + (int64_t)a->lines[rows[0]] * a->table_width;
+    ISA(query) queries[QUERIES];
+    int filled = 0;
+    const int64_t from = count * part / parts, to = count * (part + 1) / parts;
+    for (int64_t i = from; i < to; i++) {
+        const int row = rows[i];
+        for (int64_t t = a->offsets[row]; t < a->offsets[row + 1]; t++)
+            for (int g = 0; g < group; g++) {
+                const int64_t at = t * a->heads + kv_head * group + g;
+                queries[filled++] = (ISA(query)){(const uint32_t *)((const char *)a->q + at * a->dim * (bf16 ? 2 : 4)),
+                                                 a->states + at * (32 + a->dim), INT64_MAX};
+                if (filled == QUERIES) {
+                    (bf16 ? ISA(walk_bf16) : ISA(walk_f32))(a, queries, filled, table, (int64_t)first * PAGE,
+                                                            (int64_t)last * PAGE, kv_head);
+                    filled = 0;
+                }
+            }
+    }
+    if (filled)
+        (bf16 ? ISA(walk_bf16) : ISA(walk_f32))(a, queries, filled, table, (int64_t)first * PAGE, (int64_t)last * PAGE,
+                                                kv_head);
+}
+
+/* `tokens` tokens of one row and one kv head, from the position where sharing ended to their own. */
+static void ISA(own)(const attention_args *a, int row, int64_t token, int tokens, int kv_head, int bf16) {
+    const int group = a->heads / a->kv_heads, dim = a->dim, all = tokens * group;
+    const int32_t *table = a->tables + (int64_t)a->lines[row] * a->table_width;
+    const int64_t from = a->shared ? (int64_t)a->shared[row] * PAGE : 0;
+    float local[QUERIES * (32 + MAX_DIM)] __attribute__((aligned(64)));
+    for (int done = 0; done < all;) {
+        const int tiles = (all - done + QUERIES - 1) / QUERIES, count = (all - done + tiles - 1) / tiles;
+        ISA(query) queries[QUERIES];
+        int64_t to = 0;
+        for (int i = 0; i < count; i++) {
+            const int64_t t = token + (done + i) / group, at = t * a->heads + kv_head * group + (done + i) % group;
+            to = (int64_t)a->positions[t] + 1;
+            float *state = from ? a->states + at * (32 + dim) : local + i * (32 + dim);
+            if (!from) ISA(fresh)(state, dim);
+            queries[i] = (ISA(query)){(const uint32_t *)((const char *)a->q + at * dim * (bf16 ? 2 : 4)), state, to};
+        }
+        (bf16 ? ISA(walk_bf16) : ISA(walk_f32))(a, queries, count, table, from, to, kv_head);
+        for (int i = 0; i < count; i++) {
+            const int64_t t = token + (done + i) / group, at = t * a->heads + kv_head * group + (done + i) % group;
+            const float norm = 1.0f / ISA(sum)(ISA(load_f32)(queries[i].state));
+            for (int d = 0; d < dim; d += 16)
+                ISA(put)(a->out, at * dim + d, ISA(load_f32)(queries[i].state + 32 + d) * norm, bf16);
+        }
+        done += count;
+    }
+}
+
+/* Work of equal kind is spread over threads: shared runs level by level (a run's rows are a subset of its parent's),
+ * then every row's own pages. */
+static void ISA(attention)(const attention_args *a, const int32_t *runs, const int32_t *run_rows, int64_t levels,
+                           const int32_t *level_runs, int bf16) {
+    const int64_t tokens = a->offsets[a->rows];
+#pragma omp parallel
+    {
+        if (levels) {
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < tokens * a->heads; i++) ISA(fresh)(a->states + i * (32 + a->dim), a->dim);
+            for (int64_t level = 0; level < levels; level++) {
+                const int64_t first = level_runs[level], count = level_runs[level + 1] - first, parts = 4;
+#pragma omp for schedule(dynamic, 1)
+                for (int64_t i = 0; i < count * a->kv_heads * parts; i++) {
+                    const int32_t *run = runs + 4 * (first + i / (a->kv_heads * parts));
+                    ISA(shared)(a, run, run_rows + run[3], (int)(i / parts % a->kv_heads), i % parts, parts, bf16);
+                }
+            }
+        }
+#pragma omp for schedule(dynamic, 4)
+        for (int64_t i = 0; i < a->bites * a->kv_heads; i++) {
+            const int64_t b = i / a->kv_heads;
+            const int row = a->bite_rows[b];
+            const int64_t token = a->bite_tokens[b], left = a->offsets[row + 1] - token;
+            ISA(own)(a, row, token, (int)(left < a->bite ? left : a->bite), (int)(i % a->kv_heads), bf16);
+        }
+    }
+}
+
+#undef BLOCK_PAGES
+#undef BLOCK
+#undef QUERIES

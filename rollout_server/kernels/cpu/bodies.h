@@ -1,0 +1,5 @@
+#include "vector.h"
+#include "linear.h"
+#include "rows.h"
+#include "attention.h"
+#include "sample.h"

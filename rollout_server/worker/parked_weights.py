@@ -1,0 +1,67 @@
+"""Weights away from the device while the engine sleeps: a GPU's in pinned host memory, a CPU's in a file.
+
+The decoder holds tensors without memory meanwhile. What comes back is what went, bit for bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import tempfile
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from rollout_server.models.decoder import Decoder
+
+
+class ParkedWeights:
+    def __init__(self, decoder: Decoder, device: torch.device, directory: Path | None) -> None:
+        """Take the decoder's tensors away. `directory` is where the file of a CPU's weights lies, without a name; None
+        is the system's place for temporary files."""
+        self._decoder, self._device = decoder, device
+        self._pinned: list[torch.Tensor] = []
+        self._file: BinaryIO | None = None
+        if device.type == "cpu":
+            self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - closed by `restore`
+        decoder.map_tensors(self._take)
+
+    def restore(self) -> None:
+        """Give the tensors back to the decoder, once."""
+        if self._file is not None:
+            self._file.seek(0)
+        self._pinned.reverse()
+        self._decoder.map_tensors(self._give)
+        if self._file is not None:
+            self._file.close()
+
+    def _take(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._file is not None:
+            self._file.write(_bytes(tensor.contiguous()))
+        else:
+            self._pinned.append(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor))
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+    def _give(self, empty: torch.Tensor) -> torch.Tensor:
+        if self._file is None:
+            return self._pinned.pop().to(self._device)
+        tensor = torch.empty(empty.shape, dtype=empty.dtype)
+        if self._file.readinto(_bytes(tensor)) != tensor.nbytes:  # type: ignore[attr-defined]
+            raise OSError(f"the file of the parked weights ended before a tensor of {tensor.nbytes} bytes")
+        return tensor
+
+
+def return_freed_memory(device: torch.device) -> None:
+    """Give what this process has freed back to the device or the system, which allocators would keep (see
+    `lightning_rl.memory`)."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.view(-1).view(torch.uint8).numpy().data

@@ -57,7 +57,7 @@ class Model(Section):
     """The policy's starting point."""
 
     name: Annotated[str, Field(min_length=1)]
-    """A built-in model (`smollm2-135m`, `tiny-llama`), a local checkpoint directory, or a hub id."""
+    """A built-in model (`smollm2-135m`, `smollm2-moe`, `tiny-llama`, `tiny-moe`), a local checkpoint directory, or a hub id."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the forward pass, in the server and in the trainer."""
 

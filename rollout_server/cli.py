@@ -20,7 +20,11 @@ def _configure_serve(parser: argparse.ArgumentParser) -> None:
         "/v1/models) until Ctrl-C."
     )
     add = parser.add_argument
-    add("--model", required=True, help="built-in name (smollm2-135m, tiny-llama), checkpoint directory, or hub id")
+    add(
+        "--model",
+        required=True,
+        help="built-in name (smollm2-135m, smollm2-moe, tiny-llama, tiny-moe), checkpoint directory, or hub id",
+    )
     add("--host", default="127.0.0.1", help="address to listen on; beyond loopback a key is required (%(default)s)")
     add("--port", type=int, default=8000, help="0 takes any free one (%(default)s)")
     add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of weights and KV cache (%(default)s)")

@@ -1,7 +1,8 @@
 """What web, manager and worker say to each other: one frozen type a message, msgpack on the wire.
 
-`Submit … GetStats` go from web to manager, `Tokens … Failed` come back; `Forward … Shutdown` go from manager to
-worker and `Ready … Acknowledged` come back. The worker answers in order; several passes may be under way. Whoever reads this file knows the whole protocol.
+`Submit … GetStats` go from web to manager, `Tokens … Failed` come back; `Forward … Shutdown` go from manager to worker and
+`Ready … Acknowledged` come back. The worker answers in order; several passes may be under way. Whoever reads this file
+knows the whole protocol.
 """
 
 from __future__ import annotations
@@ -223,8 +224,8 @@ class Failed(Struct, frozen=True, kw_only=True, tag=True):
 
     request_id: str
     code: str
-    """`context_length_exceeded`, `too_large`, `model_not_found` (an adapter that is not loaded), `weights_rejected`,
-    `aborted`, `worker_failed`, `shutting_down`, `integrity`."""
+    """`context_length_exceeded`, `too_large`, `invalid_token_ids`, `model_not_found` (an adapter that is not loaded),
+    `weights_rejected`, `aborted`, `worker_failed`, `shutting_down`, `integrity`."""
     message: str
 
 

@@ -114,7 +114,7 @@ def logits(decoder: Decoder, batch: Batch, routed: torch.Tensor | None = None) -
     """fp32 [T, V] on a fresh cache."""
     pages = batch.tables.numel()
     cache = decoder.kernels.allocate(decoder.config, pages, PAGE, decoder.dtype, batch.ids.device)
-    return decoder.logits(decoder.hidden_states(batch, cache, routed))
+    return decoder.logits(decoder.hidden_states(batch, cache, routed)).float()
 
 
 @torch.inference_mode()

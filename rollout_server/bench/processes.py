@@ -8,7 +8,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from pathlib import Path
+
+from lightning_rl.errors import ServerError
+
+FREEZE_TIMEOUT_S = 10.0
+_STOPPED = "TtZX"
 
 
 def tree(pid: int) -> list[int]:
@@ -32,12 +38,27 @@ def send(pids: list[int], number: signal.Signals) -> None:
 
 
 def freeze(pid: int) -> None:
-    """Stop the tree: it keeps its memory and takes no processor time, not even for polling."""
-    send(tree(pid), signal.SIGSTOP)
+    """Stop the tree: it keeps its memory and takes no processor time, not even for polling.
+
+    Raises ServerError if a member does not stop.
+    """
+    deadline = time.monotonic() + FREEZE_TIMEOUT_S
+    while running := [member for member in tree(pid) if _state(member) not in _STOPPED]:
+        if time.monotonic() > deadline:
+            raise ServerError(f"processes {running} did not stop within {FREEZE_TIMEOUT_S:.0f} s")
+        send(running, signal.SIGSTOP)
+        time.sleep(0.001)
 
 
 def thaw(pid: int) -> None:
     send(tree(pid), signal.SIGCONT)
+
+
+def _state(pid: int) -> str:
+    """The letter that `ps` shows; X for a process that has ended."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return "X"
 
 
 def reset_peak(pid: int) -> None:

@@ -67,15 +67,24 @@ Make = Callable[[Room, int], list[Scenario]]
 """(room, seed) → one scenario a concurrency level."""
 
 
+ROUNDS = 16
+"""Seeds that differ modulo this give prompts that differ from the first id on: nothing is found in a cache by chance."""
+
+
 class _Ids:
-    """Uniform random ids: no two draws share more than a chance prefix."""
+    """Uniform random ids: no two draws share more than a chance prefix, and no two `prompt`s any."""
 
     def __init__(self, room: Room, seed: int) -> None:
-        self._random = random.Random(seed)
+        self._random = random.Random(f"{seed}")  # a number would lose its sign
         self._ids = range(room.first_id, room.vocab)
+        own = range(room.first_id + seed % ROUNDS, room.vocab, ROUNDS)
+        self._first = iter(self._random.sample(own, len(own)))
 
     def __call__(self, count: int) -> list[int]:
         return self._random.choices(self._ids, k=count)
+
+    def prompt(self, count: int) -> list[int]:
+        return [next(self._first), *self(count - 1)]
 
     def between(self, low: int, high: int) -> list[int]:
         return self(self._random.randint(low, high))
@@ -92,7 +101,9 @@ def single(room: Room, seed: int) -> list[Scenario]:
             name="single",
             concurrency=batch,
             seed=seed,
-            conversations=[Conversation(turns=[Turn(append=ids(prompt), max_tokens=answer)]) for _ in range(batch)],
+            conversations=[
+                Conversation(turns=[Turn(append=ids.prompt(prompt), max_tokens=answer)]) for _ in range(batch)
+            ],
         )
         for batch in (1, 16, 64)
     ]
@@ -102,7 +113,7 @@ def group(room: Room, seed: int) -> list[Scenario]:
     """A training step's prompts: 16 tasks × n = 16 behind one system prompt of 512, 40 of their own, 64 out."""
     ids = _Ids(room, seed)
     tasks, n, system, own, answer = (4, 4, 128, 16, 8) if room.quick else (16, 16, 512, 40, 64)
-    common = ids(system)
+    common = ids.prompt(system)
     talks = [Conversation(turns=[Turn(append=common + ids(own), max_tokens=answer, n=n)]) for _ in range(tasks)]
     return [Scenario(name="group", concurrency=tasks, seed=seed, conversations=talks)]
 
@@ -111,7 +122,7 @@ def agents(room: Room, seed: int) -> list[Scenario]:
     """64 conversations of 6 turns: system prompt of 128, 64 of their own, then 60 tool ids after 0.3 s; 48 out."""
     ids = _Ids(room, seed)
     count, turns, pause, answer = (8, 3, 0.05, 12) if room.quick else (64, 6, 0.3, 48)
-    common = ids(128)
+    common = ids.prompt(128)
     talks = [
         Conversation(
             turns=[
@@ -133,8 +144,8 @@ def long(room: Room, seed: int) -> list[Scenario]:
     talks = [
         Conversation(
             turns=[
-                Turn(append=ids(appended), max_tokens=answer, pause_s=0.0 if turn == 0 else 0.3)
-                for turn in range(turns)
+                Turn(append=ids.prompt(appended), max_tokens=answer),
+                *(Turn(append=ids(appended), max_tokens=answer, pause_s=0.3) for _ in range(turns - 1)),
             ]
         )
         for _ in range(count)
@@ -148,7 +159,7 @@ def rag(room: Room, seed: int) -> list[Scenario]:
     ids = _Ids(room, seed)
     questions, low, high, answer = (8, 50, 200, 8) if room.quick else (48, 200, 2000, 32)
     high = min(high, (room.max_positions - 96 - answer) // 2)
-    instruction, shared = ids(64), [ids.between(low, high) for _ in range(8)]
+    instruction, shared = ids.prompt(64), [ids.between(low, high) for _ in range(8)]
     talks = []
     for number in range(questions):
         own = ids.between(low, high) if number % 2 else []
@@ -162,7 +173,9 @@ def adapters(room: Room, seed: int) -> list[Scenario]:
     ids = _Ids(room, seed)
     count, requests, prompt, answer = (4, 8, 32, 8) if room.quick else (32, 128, 128, 64)
     talks = [
-        Conversation(turns=[Turn(append=ids(prompt), max_tokens=answer, adapter=adapter_name(ids.choice(count)))])
+        Conversation(
+            turns=[Turn(append=ids.prompt(prompt), max_tokens=answer, adapter=adapter_name(ids.choice(count)))]
+        )
         for _ in range(requests)
     ]
     return [Scenario(name="adapters", concurrency=min(64, requests), seed=seed, conversations=talks)]

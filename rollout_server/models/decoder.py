@@ -100,8 +100,8 @@ class Decoder:
         return add_norm(x, delta, self.final_norm.value, eps)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """fp32 logits [rows, vocab] of the chosen rows of `hidden_states`."""
-        return self.head(hidden).float()
+        """Logits [rows, vocab] of the chosen rows of `hidden_states`, in the decoder's dtype."""
+        return self.head(hidden)
 
     # weights -----------------------------------------------------------------------------------------------------
 

@@ -160,7 +160,7 @@ class Runner:
         targets = np.fromiter(chain.from_iterable(rows[i].targets for i in scored), np.int64, places.size)
         places_N, targets_N = to_device([places, targets], self._device)
         logprobs = [
-            torch.log_softmax(self.decoder.logits(hidden[some]), -1).gather(1, ids[:, None])[:, 0]
+            torch.log_softmax(self.decoder.logits(hidden[some]).float(), -1).gather(1, ids[:, None])[:, 0]
             for some, ids in zip(places_N.split(SCORED_AT_ONCE), targets_N.split(SCORED_AT_ONCE), strict=True)
         ]
         return list(to_host(torch.cat(logprobs)).split(sizes))

@@ -52,10 +52,17 @@ def sample(
     biases: Mapping[int, Bias],
     kernels: Kernels,
 ) -> Sampled:
-    """One id a row. `logits_BV` (fp32) is edited in place; keys of `biases` are rows.
+    """One id a row. Keys of `biases` are rows. The logits may be edited in place; the kernel reads them in the model's own
+    dtype, whoever changes or orders them gets fp32.
 
     Raises ValueError for a draw that cannot be made: a mask that allows nothing, a history that is missing.
     """
+    if (
+        biases
+        or (settings["penalised"] | settings["filtered"] | (settings["top_logprobs"] > 0)).any()
+        or any(draw.allowed is not None for draw in draws)
+    ):
+        logits_BV = logits_BV.float()
     add_biases(logits_BV, biases)
     penalise(logits_BV, settings, draws)
     mask(logits_BV, draws)

@@ -40,7 +40,12 @@ SMOLLM2 = ModelConfig(
     eos_ids=(2,),
 )
 TINY = Shape(
-    body=(Gemm("all", 10, 10, 2),), head=Gemm("head", 10, 30, 1), layers=2, attention_width=8, kv_width=4, element_bytes=2
+    body=(Gemm("all", 10, 10, 2),),
+    head=Gemm("head", 10, 30, 1),
+    layers=2,
+    attention_width=8,
+    kv_width=4,
+    element_bytes=2,
 )
 MACHINE = Limits(read_bytes_s=1000.0, gemm_flop_s={16: 1e4, 64: 2e4}, prefill_flop_s=5e4)
 
@@ -50,9 +55,7 @@ def test_smollm2() -> None:
     assert shape.body_parameters == 30 * (576 * 960 + 576 * 576 + 576 * 3072 + 1536 * 576)
     assert shape.body_parameters + shape.head.parameters == 134_479_872
     assert shape.kv_bytes == 23_040
-    one = Wave(
-        prompts=1, prefill_tokens=0, prefill_pairs=0, rows=1, steps=1, context=256.0, distinct_context=256.0
-    )
+    one = Wave(prompts=1, prefill_tokens=0, prefill_pairs=0, rows=1, steps=1, context=256.0, distinct_context=256.0)
     step = decode_step_s(shape, Limits(21e9, {16: 468e9}, 468e9), one)
     assert step == pytest.approx((268_959_744 + 256 * 23_040) / 21e9)  # 76 tokens/s: bound by memory
 
@@ -77,7 +80,9 @@ def test_a_decode_step_by_hand() -> None:
 def test_a_prefill_by_hand() -> None:
     wave = Wave(prompts=2, prefill_tokens=100, prefill_pairs=5050, rows=2, steps=0, context=0.0, distinct_context=0.0)
     assert prefill_s(TINY, MACHINE, wave) == pytest.approx((2 * 200 * 100 + 2 * 300 * 2 + 64 * 5050) / 5e4)
-    assert prefill_s(TINY, MACHINE, wave._replace(prefill_tokens=1, prefill_pairs=1)) == pytest.approx(1.0)  # the weights
+    assert prefill_s(TINY, MACHINE, wave._replace(prefill_tokens=1, prefill_pairs=1)) == pytest.approx(
+        1.0
+    )  # the weights
     assert least_seconds(TINY, MACHINE, [wave, wave]) == pytest.approx(2 * prefill_s(TINY, MACHINE, wave))
 
 

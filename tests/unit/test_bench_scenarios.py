@@ -5,11 +5,11 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from rollout_server.bench.scenarios import SCENARIOS, Conversation, Room, Scenario
+from rollout_server.bench.scenarios import ROUNDS, SCENARIOS, Conversation, Room, Scenario
 
 FULL = Room(first_id=256, vocab=49152, max_positions=8192, kv_tokens=65536, quick=False)
 QUICK = FULL._replace(quick=True)
-SMALL = Room(first_id=256, vocab=1000, max_positions=512, kv_tokens=2048, quick=True)
+SMALL = Room(first_id=256, vocab=8000, max_positions=512, kv_tokens=2048, quick=True)
 
 
 def _prompts(scenario: Scenario) -> list[list[int]]:
@@ -40,6 +40,19 @@ def test_ids_lie_in_the_vocabulary_and_contexts_fit_the_model(name: str, room: R
         assert scenario.max_context <= room.max_positions
         assert 1 <= scenario.concurrency <= len(scenario.conversations)
         assert all(turn.append and turn.max_tokens >= 2 for talk in scenario.conversations for turn in talk.turns)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("room", [FULL, QUICK, SMALL])
+def test_rounds_and_levels_share_no_prefix(name: str, room: Room) -> None:
+    """So that the unique tokens of a round are what an engine that ran the rounds before must compute."""
+    seen: set[int] = set()
+    for seed in range(-1, ROUNDS - 1):
+        for scenario in SCENARIOS[name](room, seed):
+            first = {prompt[0] for prompt in _prompts(scenario)}
+            assert not first & seen
+            seen |= first
+    assert len({tuple(prompt) for prompt in _prompts(SCENARIOS["single"](room, 0)[2])}) == 64
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 @pytest.mark.parametrize("cases", ["triton_attention.py", "triton_operations.py", "triton_decoder.py"])
 def test_interpreted(cases: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--timeout=200", str(HERE / cases)],
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "--timeout=200", str(HERE / cases)],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=HERE.parents[1],
         capture_output=True,

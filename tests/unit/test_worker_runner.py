@@ -60,8 +60,8 @@ def write_adapter(path: Path, seed: int) -> Path:
     prefix = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
     tensors = {}
     for layer in range(2):
-        tensors[prefix.format(layer, "A")] = torch.randn(3, 64, generator=generator)
-        tensors[prefix.format(layer, "B")] = torch.randn(64, 3, generator=generator)
+        tensors[prefix.format(layer, "A")] = torch.randn(3, 64, generator=generator) * 0.2
+        tensors[prefix.format(layer, "B")] = torch.randn(64, 3, generator=generator) * 0.2
     save_file(tensors, path / "adapter_model.safetensors")
     return path
 
@@ -282,6 +282,23 @@ def test_pages_come_back_from_the_host(model: Path, on_disk: bool, tmp_path: Pat
         restores = []
     for s in sequences:
         same(s, alone(model, s, 8))
+
+
+def test_order_within_a_pass(model: Path) -> None:
+    """One device page is offloaded, taken by a restored one, and that is copied, before a row overwrites its first cell."""
+    runner = make_runner(model, host_pages=3)
+    keys = runner.cache.layers[0].keys
+    keys.copy_(torch.arange(float(len(keys))).view(-1, 1, 1, 1).expand_as(keys))
+    runner.execute(m.Forward(step=0, rows=[], offloads=[(7, 1)]))
+    row = m.Row(slot=0, ids=[5], start=0, pages=[3])
+    opens = [m.Open(slot=0, sampling=None)]
+    moves = {"offloads": [(3, 0)], "restores": [(1, 3)], "copies": [(3, 5)]}
+    runner.execute(m.Forward(step=1, rows=[row], opens=opens, **moves))  # type: ignore[arg-type]
+    assert keys[5].unique().tolist() == [7]
+    assert keys[3, :, 1:].unique().tolist() == [7]
+    assert not bool((keys[3, :, 0] == 7).any())
+    runner.execute(m.Forward(step=2, rows=[], restores=[(0, 8)]))
+    assert keys[8].unique().tolist() == [3]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -251,7 +251,7 @@ static void ISA(attention)(const attention_args *a, const int32_t *runs, const i
                 }
             }
         }
-#pragma omp for schedule(dynamic, 4)
+#pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < a->bites * a->kv_heads; i++) {
             const int64_t b = i / a->kv_heads;
             const int row = a->bite_rows[b];

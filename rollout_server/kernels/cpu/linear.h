@@ -120,7 +120,8 @@ static void ISA(linear)(const void *x, const void *packed, const void *bias, voi
     const int64_t units = (outputs + 15) / 16, wide = rows <= 2 ? STREAM_UNITS : TILE_UNITS;
     const int64_t chunk = rows <= 64 ? (rows + 15) / 16 * 8 : 64;
     const int64_t columns = (units + wide - 1) / wide, chunks = (rows + chunk - 1) / chunk;
-#pragma omp parallel for schedule(static)
+    const int bite = columns >= 32 ? (int)chunks : 1; /* dynamic: other processes take a core away now and then */
+#pragma omp parallel for schedule(dynamic, bite)
     for (int64_t task = 0; task < columns * chunks; task++) {
         const int64_t unit = task / chunks * wide, row = task % chunks * chunk;
         const int n = (int)(units - unit < wide ? units - unit : wide);

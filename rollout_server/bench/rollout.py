@@ -1,8 +1,9 @@
 """The order of a bench: per scenario all engines are loaded and frozen, then take turns, one round after the other.
 
 A round gives every engine the same ids, drawn for this round only, so that nothing is cached from an earlier one. The
-machine's limit is measured at the start of each round while every engine is frozen. The engines' order rotates. Each
-concurrency level is preceded by a short round that is thrown away.
+engines' order rotates. The machine's limit is measured before and after each engine's turn, while all are frozen: other
+tenants of the machine change it from minute to minute. Each concurrency level is preceded by a short round that is thrown
+away.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ class Turn(NamedTuple):
     launch: Launch
     scenario: Scenario
     played: Played
+    machine: Limits
+    """The better of what was measured just before and just after."""
 
 
 class Bench:
@@ -88,22 +91,23 @@ class Bench:
     def _level(self, name: str, level: int, processes: list[EngineProcess]) -> list[Row]:
         for process in processes:
             process.play(self._warm_up(name, level))
-        seen: list[Limits] = []
         turns: list[Turn] = []
+        rows = max(_FEWEST_ROWS, self._make(name, self._plan.seed)[level].max_sequences)
+        before = probe(self._shape, [rows], self._plan.threads)
         for number in range(self._plan.repeat):
             scenario = self._make(name, self._plan.seed + number)[level]
-            seen.append(probe(self._shape, [max(_FEWEST_ROWS, scenario.max_sequences)], self._plan.threads))
             start = number % len(processes)
             for process in processes[start:] + processes[:start]:
-                turn = Turn(process.launch, scenario, process.play(scenario))
-                turns.append(turn)
-                self._say(self._progress(turn, number))
-        machine_limits = limits.best(seen)
-        return [self._row(process.launch, turns, machine_limits) for process in processes]
+                played = process.play(scenario)
+                after = probe(self._shape, [rows], self._plan.threads)
+                turns.append(Turn(process.launch, scenario, played, limits.best([before, after])))
+                before = after
+                self._say(self._progress(turns[-1], number))
+        return [self._row(process.launch, turns) for process in processes]
 
-    def _row(self, launch: Launch, turns: list[Turn], machine_limits: Limits) -> Row:
+    def _row(self, launch: Launch, turns: list[Turn]) -> Row:
         own = [turn for turn in turns if turn.launch is launch]
-        rounds = [self._measure(turn, machine_limits) for turn in own]
+        rounds = [self._measure(turn) for turn in own]
         middle, scenario = median_round(rounds), own[0].scenario
         return Row(
             scenario=scenario.name,
@@ -122,8 +126,8 @@ class Bench:
             peak_memory_bytes=middle.peak_memory_bytes,
             rounds=len(rounds),
             tokens_per_second_all=[r.tokens_per_second for r in rounds],
-            read_bytes_per_second=machine_limits.read_bytes_s,
-            gemm_flop_per_second=machine_limits.rate(scenario.max_sequences),
+            read_bytes_per_second=statistics.median(turn.machine.read_bytes_s for turn in own),
+            gemm_flop_per_second=statistics.median(turn.machine.rate(scenario.max_sequences) for turn in own),
             quick=self._plan.quick,
             machine=self._machine,
             date=self._plan.date,
@@ -131,9 +135,9 @@ class Bench:
             model=self._plan.model,
         )
 
-    def _measure(self, turn: Turn, machine_limits: Limits) -> Round:
+    def _measure(self, turn: Turn) -> Round:
         waves = limits.waves(turn.scenario, turn.played.transcript)
-        least = limits.least_seconds(self._shape, machine_limits, waves)
+        least = limits.least_seconds(self._shape, turn.machine, waves)
         return measure(turn.scenario, turn.played.transcript, least, turn.played.peak_memory_bytes)
 
     def _progress(self, turn: Turn, number: int) -> str:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Sequence
-from ctypes import c_float, c_int, c_int64, c_void_p
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from ctypes import c_double, c_int, c_int64, c_void_p
 from functools import cache as once
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,8 @@ _UNIT = 16
 _TILE_QUERIES = 6
 _MAX_RANK = 512
 _LORA_ROWS = 32
+_SERIAL_WORK = 16384
+"""Numbers up to which one thread is faster than waking the others."""
 _SPANS_KEPT = 1024
 
 
@@ -72,28 +75,95 @@ class _LoraWork(NamedTuple):
     """Of a rank beyond the kernel's buffers."""
 
 
+LINEAR, ADD_LORA, ADD_NORM, SILU_MUL, ROPE_STORE, ATTENTION = range(6)
+
+
+class Operation(ctypes.Structure):
+    """As `operation` in kernels.c."""
+
+    _fields_: ClassVar = [
+        ("kind", c_int64),
+        ("bf16", c_int64),
+        ("p", c_void_p * 16),
+        ("n", c_int64 * 8),
+        ("f", c_double),
+    ]
+
+
+class Tape:
+    """Recorded operations, to be run again on the same memory: a whole pass in one call.
+
+    Results live in few buffers of each shape, taken in turn: whoever records must be done with a result before `TURNS` more
+    of its shape are made.
+    """
+
+    TURNS = 8
+
+    def __init__(self, run: Callable[[int, int, int], None]) -> None:
+        self._run, self._operations, self._held = run, list[Operation](), list[object]()
+        self._buffers: dict[tuple[tuple[int, ...], torch.dtype], list[torch.Tensor]] = {}
+        self._made: dict[tuple[tuple[int, ...], torch.dtype], int] = {}
+        self._array: ctypes.Array[Operation] | None = None
+        self.whole = True
+        """False: something was computed that could not be recorded."""
+
+    def append(self, operation: Operation, held: object) -> None:
+        self._operations.append(operation)
+        self._held.append(held)
+
+    def buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        ring = self._buffers.setdefault((shape, dtype), [])
+        turn = self._made[shape, dtype] = self._made.get((shape, dtype), -1) + 1
+        if turn < self.TURNS:
+            ring.append(torch.empty(shape, dtype=dtype))
+        return ring[turn % self.TURNS]
+
+    def replay(self) -> None:
+        if self._array is None:
+            self._array = (Operation * len(self._operations))(*self._operations)
+        self._run(ctypes.addressof(self._array), len(self._array), 1)
+
+
 class NativeKernels:
     name = "native"
     invariant = True
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        def function(symbol: str, *arguments: object) -> ctypes._NamedFuncPointer:
-            found = getattr(library, symbol)
-            found.argtypes, found.restype = arguments, None
-            return found
-
-        p, n, i = c_void_p, c_int64, c_int
-        self._linear = function("lrl_linear", p, p, p, p, n, n, n, i)
-        self._add_lora = function("lrl_add_lora", p, p, p, p, p, n, n, n, i)
-        self._add_norm = function("lrl_add_norm", p, p, p, p, n, i, c_float, i)
-        self._silu_mul = function("lrl_silu_mul", p, p, n, i, i)
-        self._rope_store = function("lrl_rope_store", p, p, p, p, p, p, p, p, n, i, i, i, i)
-        self._attention = function(
-            "lrl_attention", p, p, p, p, p, p, p, p, p, p, p, p, n, n, n, n, i, i, i, c_float, p, p, n, p, i
-        )
-        self._sample = function("lrl_sample", p, p, p, p, p, p, n, n, i)
+        self._run_operations = library.lrl_run
+        self._run_operations.argtypes, self._run_operations.restype = [c_void_p, c_int64, c_int64], None
+        self._sample = library.lrl_sample
+        self._sample.argtypes, self._sample.restype = [c_void_p] * 6 + [c_int64, c_int64, c_int], None
         self._spans: dict[int, _LoraWork] = {}
         self._planned: tuple[Batch, _AttentionPlan] | None = None
+        self._tape: Tape | None = None
+
+    @contextmanager
+    def record(self) -> Iterator[Tape]:
+        """Operations within are performed and recorded. Only they are: what torch does meanwhile is not on the tape."""
+        self._tape = Tape(self._run_operations)
+        try:
+            yield self._tape
+        finally:
+            self._tape = None
+
+    def _do(
+        self,
+        kind: int,
+        bf16: int,
+        pointers: Sequence[int | None],
+        sizes: Sequence[int],
+        number: float,
+        held: object,
+        work: int,
+    ) -> None:
+        """Perform an operation; `work` decides whether more than one thread is worth it. A tape keeps `held` alive."""
+        operation = Operation(kind, bf16, (c_void_p * 16)(*pointers), (c_int64 * 8)(*sizes), number)
+        if self._tape is not None:
+            self._tape.append(operation, held)
+        self._run_operations(ctypes.addressof(operation), 1, work > _SERIAL_WORK)
+
+    def _empty(self, like: torch.Tensor, *shape: int) -> torch.Tensor:
+        return like.new_empty(shape) if self._tape is None else self._tape.buffer(shape, like.dtype)
 
     def allocate(
         self, config: ModelConfig, pages: int, page_size: int, dtype: torch.dtype, device: torch.device
@@ -121,20 +191,13 @@ class NativeKernels:
     def linear(self, x_TX: torch.Tensor, packed: Packed, bias_N: torch.Tensor | None = None) -> torch.Tensor:
         rows, inputs = x_TX.shape
         bf16 = _is_bf16(x_TX)
-        if inputs != packed.inputs or inputs % (1 + bf16) or packed.data.dtype is not x_TX.dtype:
-            raise ValueError(f"input [{rows}, {inputs}] {x_TX.dtype} for weight [{packed.outputs}, {packed.inputs}]")
-        y = x_TX.new_empty(rows, packed.outputs)
+        data, outputs, wanted = packed
+        if inputs != wanted or inputs % (1 + bf16) or data.dtype is not x_TX.dtype:
+            raise ValueError(f"input [{rows}, {inputs}] {x_TX.dtype} for weight [{outputs}, {wanted}] {data.dtype}")
+        y = self._empty(x_TX, rows, outputs)
         bias = None if bias_N is None else bias_N.data_ptr()
-        self._linear(
-            x_TX.data_ptr(),
-            packed.data.data_ptr(),
-            bias,
-            y.data_ptr(),
-            rows,
-            packed.data.shape[1],
-            packed.outputs,
-            bf16,
-        )
+        pointers = (x_TX.data_ptr(), data.data_ptr(), bias, y.data_ptr())
+        self._do(LINEAR, bf16, pointers, (rows, data.shape[1], outputs), 0.0, (x_TX, packed, bias_N), _SERIAL_WORK + 1)
         return y
 
     def add_lora(self, y_TN: torch.Tensor, x_TX: torch.Tensor, spans: Sequence[tuple[int, int, Lora]]) -> None:
@@ -145,27 +208,32 @@ class NativeKernels:
             if len(self._spans) >= _SPANS_KEPT:
                 self._spans.clear()
             work = self._spans[id(spans)] = _lora_work(spans, bf16)
+        if work.wide and self._tape is not None:
+            self._tape.whole = False
         for start, end, lora in work.wide:
             y_TN[start:end] += self.linear(self.linear(x_TX[start:end], lora.down) * lora.scale, lora.up)
         if work.scales.size:
-            self._add_lora(
-                y_TN.data_ptr(), x_TX.data_ptr(), work.bounds.ctypes.data, work.pairs.ctypes.data,
-                work.scales.ctypes.data, work.scales.size, x_TX.shape[1], y_TN.shape[1], bf16,
+            pointers = (
+                y_TN.data_ptr(), x_TX.data_ptr(), work.bounds.ctypes.data, work.pairs.ctypes.data, work.scales.ctypes.data
             )  # fmt: skip
+            sizes = (work.scales.size, x_TX.shape[1], y_TN.shape[1])
+            self._do(ADD_LORA, bf16, pointers, sizes, 0.0, (y_TN, x_TX, work), _SERIAL_WORK + 1)
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
-        out = gate_up.new_empty(tokens, width)
-        self._silu_mul(gate_up.data_ptr(), out.data_ptr(), tokens, width, _is_bf16(gate_up))
+        out = self._empty(gate_up, tokens, width)
+        pointers = (gate_up.data_ptr(), out.data_ptr())
+        self._do(SILU_MUL, _is_bf16(gate_up), pointers, (tokens, width), 0.0, gate_up, 2 * tokens * width)
         return out
 
     def add_norm(
         self, x_TW: torch.Tensor, delta_TW: torch.Tensor | None, weight_W: torch.Tensor, eps: float
     ) -> torch.Tensor:
-        out = torch.empty_like(x_TW)
         tokens, width = x_TW.shape
+        out = self._empty(x_TW, tokens, width)
         delta = None if delta_TW is None else delta_TW.data_ptr()
-        self._add_norm(x_TW.data_ptr(), delta, weight_W.data_ptr(), out.data_ptr(), tokens, width, eps, _is_bf16(x_TW))
+        pointers = (x_TW.data_ptr(), delta, weight_W.data_ptr(), out.data_ptr())
+        self._do(ADD_NORM, _is_bf16(x_TW), pointers, (tokens, width), eps, (x_TW, delta_TW, weight_W), tokens * width)
         return out
 
     def rope_store(
@@ -174,13 +242,14 @@ class NativeKernels:
         tokens, width = qkv_TX.shape
         kv_heads = cache.keys.shape[1]
         dim = width // (heads + 2 * kv_heads)
-        q = qkv_TX.new_empty(tokens, heads, dim)
+        q = self._empty(qkv_TX, tokens, heads, dim)
         cos, sin = rope
-        self._rope_store(
+        pointers = (
             qkv_TX.data_ptr(), q.data_ptr(), cache.keys.data_ptr(), cache.values.data_ptr(), cos.data_ptr(),
-            sin.data_ptr(), batch.positions.data_ptr(), batch.cells.data_ptr(), tokens, heads, kv_heads, dim,
-            _is_bf16(qkv_TX),
+            sin.data_ptr(), batch.positions.data_ptr(), batch.cells.data_ptr(),
         )  # fmt: skip
+        sizes = (tokens, heads, kv_heads, dim)
+        self._do(ROPE_STORE, _is_bf16(qkv_TX), pointers, sizes, 0.0, (qkv_TX, rope, batch, cache), tokens * width)
         return q
 
     def attention(self, q_THD: torch.Tensor, batch: Batch, cache: LayerCache) -> torch.Tensor:
@@ -189,17 +258,21 @@ class NativeKernels:
         if self._planned is None or self._planned[0] is not batch:
             self._planned = (batch, _plan(batch, heads, kv_heads, dim))
         plan = self._planned[1]
-        out = torch.empty_like(q_THD)
-        self._attention(
+        out = self._empty(q_THD, tokens, heads * dim)
+        pointers = (
             q_THD.data_ptr(), cache.keys.data_ptr(), cache.values.data_ptr(), out.data_ptr(),
             None if plan.states is None else plan.states.data_ptr(), batch.positions.data_ptr(),
             batch.offsets.data_ptr(), batch.tables.data_ptr(), batch.lines.data_ptr(),
             None if plan.shared is None else plan.shared.ctypes.data, plan.bite_rows.ctypes.data,
-            plan.bite_tokens.ctypes.data, batch.lines.shape[0], plan.bite, len(plan.bite_rows), batch.tables.shape[1],
-            heads, kv_heads, dim, dim**-0.5, plan.runs.ctypes.data, plan.run_rows.ctypes.data,
-            len(plan.level_runs) - 1, plan.level_runs.ctypes.data, _is_bf16(q_THD),
+            plan.bite_tokens.ctypes.data, plan.runs.ctypes.data, plan.run_rows.ctypes.data, plan.level_runs.ctypes.data,
         )  # fmt: skip
-        return out.view(tokens, heads * dim)
+        sizes = (
+            batch.lines.shape[0], plan.bite, len(plan.bite_rows), batch.tables.shape[1], heads, kv_heads, dim,
+            len(plan.level_runs) - 1,
+        )  # fmt: skip
+        held = (q_THD, batch, cache, plan)
+        self._do(ATTENTION, _is_bf16(q_THD), pointers, sizes, dim**-0.5, held, _SERIAL_WORK + 1)
+        return out
 
     def log_softmax_sample(
         self, logits_BV: torch.Tensor, temperatures_B: torch.Tensor, uniforms_B: torch.Tensor

@@ -86,8 +86,13 @@ class Decoder:
 
         Raises ModelError when the batch names an adapter that is not loaded.
         """
+        return self.layers_over(F.embedding(batch.ids, self.embedding.value), batch, cache, routed)
+
+    def layers_over(
+        self, x: torch.Tensor, batch: Batch, cache: Sequence[LayerCache], routed: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`hidden_states` of tokens that are embedded already, [T, W]; x is overwritten."""
         add_norm, eps, rope = self.kernels.add_norm, self.config.norm_eps, self._rope
-        x = F.embedding(batch.ids, self.embedding.value)
         delta: torch.Tensor | None = None
         for layer, layer_cache, spans, place in zip(
             self.layers, cache, self._adapters.spans(batch.adapters), self._routes, strict=True

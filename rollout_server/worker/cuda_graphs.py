@@ -122,6 +122,9 @@ class DecodeGraphs:
         self._graphs[size].replay()
         return self._hidden[size][:rows]
 
+    def forget(self) -> None:
+        """Nothing to forget: passes with adapters are not captured."""
+
     @torch.inference_mode()
     def _capture(self) -> None:
         pool = None

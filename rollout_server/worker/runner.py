@@ -18,11 +18,13 @@ import torch
 from lightning_rl.errors import ModelError
 from rollout_server import messages as m
 from rollout_server.kernels.interface import Batch
+from rollout_server.kernels.native import NativeKernels
 from rollout_server.models.checksum import checksum
 from rollout_server.models.decoder import Decoder
 from rollout_server.models.weights import AdapterWeights
 from rollout_server.weight_sources import open_source
 from rollout_server.worker.batch import Flat, flatten
+from rollout_server.worker.cpu_programs import DecodePrograms
 from rollout_server.worker.kv_cache import KVCache
 from rollout_server.worker.parked_weights import ParkedWeights, return_freed_memory
 from rollout_server.worker.sampler import Alternatives, Sampled, sample
@@ -34,12 +36,15 @@ SCORED_AT_ONCE = 128
 
 
 class Graphs(Protocol):
-    """Recorded passes, see `cuda_graphs`."""
+    """Recorded passes, see `cuda_graphs` and `cpu_programs`."""
 
     def covers(self, batch: Batch) -> bool: ...
 
     def run(self, batch: Batch) -> torch.Tensor:
         """Hidden states [T, W] of a batch that it covers."""
+
+    def forget(self) -> None:
+        """Adapters have changed."""
 
 
 class Launched(NamedTuple):
@@ -182,19 +187,24 @@ class Runner:
         loaded = open_source(load.source, self._device)
         if loaded.adapter_config is not None:
             weights = AdapterWeights(loaded.adapter_config, loaded.tensors, self.decoder.dtype)
-            self.decoder.set_adapter(load.adapter, weights)
+            self._set_adapter(load.adapter, weights)
             return
         if load.adapter:
             raise ModelError(
                 f"base weights cannot be the adapter {load.adapter!r}", hint="publish a LoRA adapter under that name"
             )
         self.decoder.replace(loaded.tensors)
-        self.decoder.set_adapter("", None)
+        self._set_adapter("", None)
+
+    def _set_adapter(self, name: str, weights: AdapterWeights | None) -> None:
+        self.decoder.set_adapter(name, weights)
+        if self._graphs is not None:
+            self._graphs.forget()
 
     def unload(self, unload: m.Unload) -> m.Acknowledged:
         if not self.decoder.has_adapter(unload.adapter):
             return m.Acknowledged(error=f"no adapter {unload.adapter!r} is loaded")
-        self.decoder.set_adapter(unload.adapter, None)
+        self._set_adapter(unload.adapter, None)
         return m.Acknowledged()
 
     def release(self, release: m.Release) -> m.Acknowledged:
@@ -222,7 +232,9 @@ class Runner:
         return m.Acknowledged()
 
     def _record(self) -> Graphs | None:
-        """CUDA graphs of passes that only decode; None on a CPU."""
+        """What replays passes that only decode: CUDA graphs, or recorded C operations; None for plain torch."""
+        if isinstance(self.decoder.kernels, NativeKernels):
+            return DecodePrograms(self.decoder, self.cache.layers, self.decoder.kernels)
         if self._device.type != "cuda":
             return None
         from rollout_server.worker.cuda_graphs import DecodeGraphs

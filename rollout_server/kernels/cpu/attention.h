@@ -237,27 +237,24 @@ static void ISA(own)(const attention_args *a, int row, int64_t token, int tokens
 static void ISA(attention)(const attention_args *a, const int32_t *runs, const int32_t *run_rows, int64_t levels,
                            const int32_t *level_runs, int bf16) {
     const int64_t tokens = a->offsets[a->rows];
-#pragma omp parallel
-    {
-        if (levels) {
+    if (levels) {
 #pragma omp for schedule(static)
-            for (int64_t i = 0; i < tokens * a->heads; i++) ISA(fresh)(a->states + i * (32 + a->dim), a->dim);
-            for (int64_t level = 0; level < levels; level++) {
-                const int64_t first = level_runs[level], count = level_runs[level + 1] - first, parts = 4;
+        for (int64_t i = 0; i < tokens * a->heads; i++) ISA(fresh)(a->states + i * (32 + a->dim), a->dim);
+    }
+    for (int64_t level = 0; level < levels; level++) {
+        const int64_t first = level_runs[level], count = level_runs[level + 1] - first, parts = 4;
 #pragma omp for schedule(dynamic, 1)
-                for (int64_t i = 0; i < count * a->kv_heads * parts; i++) {
-                    const int32_t *run = runs + 4 * (first + i / (a->kv_heads * parts));
-                    ISA(shared)(a, run, run_rows + run[3], (int)(i / parts % a->kv_heads), i % parts, parts, bf16);
-                }
-            }
+        for (int64_t i = 0; i < count * a->kv_heads * parts; i++) {
+            const int32_t *run = runs + 4 * (first + i / (a->kv_heads * parts));
+            ISA(shared)(a, run, run_rows + run[3], (int)(i / parts % a->kv_heads), i % parts, parts, bf16);
         }
+    }
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < a->bites * a->kv_heads; i++) {
-            const int64_t b = i / a->kv_heads;
-            const int row = a->bite_rows[b];
-            const int64_t token = a->bite_tokens[b], left = a->offsets[row + 1] - token;
-            ISA(own)(a, row, token, (int)(left < a->bite ? left : a->bite), (int)(i % a->kv_heads), bf16);
-        }
+    for (int64_t i = 0; i < a->bites * a->kv_heads; i++) {
+        const int64_t b = i / a->kv_heads;
+        const int row = a->bite_rows[b];
+        const int64_t token = a->bite_tokens[b], left = a->offsets[row + 1] - token;
+        ISA(own)(a, row, token, (int)(left < a->bite ? left : a->bite), (int)(i % a->kv_heads), bf16);
     }
 }
 

@@ -101,43 +101,49 @@ typedef struct {
 #define CHOOSE(name, ...) name##_portable(__VA_ARGS__)
 #endif
 
-void lrl_linear(const void *x, const void *packed, const void *bias, void *y, int64_t rows, int64_t lanes,
-                int64_t outputs, int bf16) {
-    CHOOSE(linear, x, packed, bias, y, rows, lanes, outputs, bf16);
+/* An operation as data. The functions above share its loops among the threads of the parallel region they are called in, with a
+ * barrier after each; all threads of the region call them with the same arguments. */
+enum { LINEAR, ADD_LORA, ADD_NORM, SILU_MUL, ROPE_STORE, ATTENTION };
+
+typedef struct {
+    int64_t kind, bf16;
+    const void *p[16];
+    int64_t n[8];
+    double f;
+} operation;
+
+static void perform(const operation *o) {
+    const void *const *p = o->p;
+    const int64_t *n = o->n;
+    const int bf16 = (int)o->bf16;
+    switch (o->kind) {
+        case LINEAR: CHOOSE(linear, p[0], p[1], p[2], (void *)p[3], n[0], n[1], n[2], bf16); break;
+        case ADD_LORA: CHOOSE(add_lora, (void *)p[0], p[1], p[2], p[3], p[4], n[0], n[1], n[2], bf16); break;
+        case ADD_NORM: CHOOSE(add_norm, (void *)p[0], p[1], p[2], (void *)p[3], n[0], (int)n[1], (float)o->f, bf16); break;
+        case SILU_MUL: CHOOSE(silu_mul, p[0], (void *)p[1], n[0], (int)n[1], bf16); break;
+        case ROPE_STORE:
+            CHOOSE(rope_store, p[0], (void *)p[1], (void *)p[2], (void *)p[3], p[4], p[5], p[6], p[7], n[0], (int)n[1], (int)n[2],
+                   (int)n[3], bf16);
+            break;
+        case ATTENTION: {
+            const attention_args a = {p[0], p[1], p[2], (void *)p[3], (void *)p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11],
+                                      n[0], n[1], n[2], n[3], (int)n[4], (int)n[5], (int)n[6], (float)o->f};
+            CHOOSE(attention, &a, p[12], p[13], n[7], p[14], bf16);
+            break;
+        }
+    }
 }
 
-void lrl_add_lora(void *y, const void *x, const int64_t *spans, const void *const *pairs, const float *scales,
-                  int64_t count, int64_t inputs, int64_t outputs, int bf16) {
-    CHOOSE(add_lora, y, x, spans, pairs, scales, count, inputs, outputs, bf16);
-}
-
-void lrl_add_norm(void *x, const void *delta, const void *weight, void *out, int64_t tokens, int width, float eps, int bf16) {
-    CHOOSE(add_norm, x, delta, weight, out, tokens, width, eps, bf16);
-}
-
-void lrl_silu_mul(const void *gate_up, void *out, int64_t tokens, int width, int bf16) {
-    CHOOSE(silu_mul, gate_up, out, tokens, width, bf16);
-}
-
-void lrl_rope_store(const void *qkv, void *q, void *keys, void *values, const float *cosines, const float *sines,
-                    const int32_t *positions, const int64_t *cells, int64_t tokens, int heads, int kv_heads, int dim,
-                    int bf16) {
-    CHOOSE(rope_store, qkv, q, keys, values, cosines, sines, positions, cells, tokens, heads, kv_heads, dim, bf16);
-}
-
-void lrl_attention(const void *q, const void *keys, const void *values, void *out, float *states,
-                   const int32_t *positions, const int32_t *offsets, const int32_t *tables, const int32_t *lines,
-                   const int32_t *shared, const int32_t *bite_rows, const int64_t *bite_tokens, int64_t rows, int64_t bite, int64_t bites,
-                   int64_t table_width, int heads, int kv_heads, int dim, float scale, const int32_t *runs,
-                   const int32_t *run_rows, int64_t levels, const int32_t *level_runs, int bf16) {
-    const attention_args a = {q,    keys,  values,      out,   states,   positions, offsets, tables, lines, shared, bite_rows,
-                              bite_tokens, rows, bite, bites, table_width, heads, kv_heads, dim, scale};
-    CHOOSE(attention, &a, runs, run_rows, levels, level_runs, bf16);
+/* Operations one after the other, by all threads: a single one, or a whole recorded pass without a return to Python. */
+void lrl_run(const operation *operations, int64_t count, int64_t parallel) {
+#pragma omp parallel if (parallel)
+    for (int64_t i = 0; i < count; i++) perform(operations + i);
 }
 
 void lrl_sample(const void *logits, const float *temperatures, const double *uniforms, double *spans, int64_t *ids,
                 float *logprobs, int64_t rows, int64_t vocab, int bf16) {
-    CHOOSE(sample, logits, temperatures, uniforms, spans, ids, logprobs, rows, vocab, bf16);
+#pragma omp parallel
+    { CHOOSE(sample, logits, temperatures, uniforms, spans, ids, logprobs, rows, vocab, bf16); }
 }
 
 /* Build tools expect an extension module to have this symbol. Nothing calls it: the library is loaded through ctypes, which

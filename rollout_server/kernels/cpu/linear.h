@@ -121,7 +121,7 @@ static void ISA(linear)(const void *x, const void *packed, const void *bias, voi
     const int64_t chunk = rows <= 64 ? (rows + 15) / 16 * 8 : 64;
     const int64_t columns = (units + wide - 1) / wide, chunks = (rows + chunk - 1) / chunk;
     const int bite = columns >= 32 ? (int)chunks : 1; /* dynamic: other processes take a core away now and then */
-#pragma omp parallel for schedule(dynamic, bite)
+#pragma omp for schedule(dynamic, bite)
     for (int64_t task = 0; task < columns * chunks; task++) {
         const int64_t unit = task / chunks * wide, row = task % chunks * chunk;
         const int n = (int)(units - unit < wide ? units - unit : wide);
@@ -135,7 +135,7 @@ static void ISA(linear)(const void *x, const void *packed, const void *bias, voi
 static void ISA(add_lora)(void *y, const void *x, const int64_t *spans, const void *const *pairs, const float *scales,
                           int64_t count, int64_t inputs, int64_t outputs, int bf16) {
     const int64_t lane = bf16 ? 2 : 1, size = bf16 ? 2 : 4;
-#pragma omp parallel for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1)
     for (int64_t s = 0; s < count; s++) {
         const int64_t start = spans[3 * s], end = spans[3 * s + 1], rank = spans[3 * s + 2];
         uint32_t low[8 * 512 + 16];

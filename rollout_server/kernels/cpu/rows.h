@@ -39,7 +39,7 @@ static void ISA(norm_f32)(void *x, const void *delta, const void *weight, void *
 
 static void ISA(add_norm)(void *x, const void *delta, const void *weight, void *out, int64_t tokens, int width, float eps,
                           int bf16) {
-#pragma omp parallel for schedule(static) if (tokens * width > 16384)
+#pragma omp for schedule(static)
     for (int64_t t = 0; t < tokens; t++) (bf16 ? ISA(norm_bf16) : ISA(norm_f32))(x, delta, weight, out, t, width, eps);
 }
 
@@ -63,7 +63,7 @@ static void ISA(silu_bf16)(const void *gate_up, void *out, int64_t t, int width)
 static void ISA(silu_f32)(const void *gate_up, void *out, int64_t t, int width) { ISA(silu_row)(gate_up, out, t, width, 0); }
 
 static void ISA(silu_mul)(const void *gate_up, void *out, int64_t tokens, int width, int bf16) {
-#pragma omp parallel for schedule(static) if (tokens * width > 8192)
+#pragma omp for schedule(static)
     for (int64_t t = 0; t < tokens; t++) (bf16 ? ISA(silu_bf16) : ISA(silu_f32))(gate_up, out, t, width);
 }
 
@@ -130,7 +130,7 @@ static void ISA(rope_f32)(const void *qkv, void *q, void *k, void *v, const floa
 static void ISA(rope_store)(const void *qkv, void *q, void *keys, void *values, const float *cosines, const float *sines,
                             const int32_t *positions, const int64_t *cells, int64_t tokens, int heads, int kv_heads,
                             int dim, int bf16) {
-#pragma omp parallel for schedule(static) if (tokens > 8)
+#pragma omp for schedule(static)
     for (int64_t t = 0; t < tokens; t++)
         (bf16 ? ISA(rope_bf16) : ISA(rope_f32))(qkv, q, keys, values, cosines, sines, positions[t], cells[t], t, heads,
                                                 kv_heads, dim);

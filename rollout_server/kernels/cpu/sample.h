@@ -62,7 +62,7 @@ static void ISA(sample_f32)(const void *logits, int64_t row, int64_t vocab, floa
 static void ISA(sample)(const void *logits, const float *temperatures, const double *uniforms, double *spans, int64_t *ids,
                         float *logprobs, int64_t rows, int64_t vocab, int bf16) {
     const int64_t width = (vocab + SPAN - 1) / SPAN;
-#pragma omp parallel for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1)
     for (int64_t r = 0; r < rows; r++)
         (bf16 ? ISA(sample_bf16) : ISA(sample_f32))(logits, r, vocab, temperatures[r], uniforms[r], spans + r * width,
                                                     ids + r, logprobs + r);

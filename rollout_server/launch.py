@@ -27,6 +27,7 @@ from typing import Self
 import msgspec
 
 from lightning_rl.errors import ServerError
+from lightning_rl.memory import with_huge_pages
 from rollout_server.admin_client import AdminClient
 from rollout_server.config import EngineConfig
 
@@ -210,13 +211,18 @@ class RolloutServer:
 
     def _spawn(self, name: str, module: str, config: Path, *inherited: int) -> None:
         path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+        inherits = with_huge_pages() if module == _ENGINE["worker"] else os.environ
         with self.log_file(name).open("ab") as log:
             self._processes[name] = subprocess.Popen(
                 [sys.executable, "-m", module, str(config)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
+                env={
+                    **(with_huge_pages() if module == _ENGINE["worker"] else os.environ),
+                    "PYTHONPATH": path,
+                    "PYTHONSAFEPATH": "1",
+                },
                 start_new_session=True,
                 pass_fds=inherited,
             )

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from lightning_rl.memory import with_huge_pages
 from rollout_server import messages as m
 from rollout_server.api.engine_client import EngineClient, Stream
 from rollout_server.bench.scenarios import Scenario
@@ -55,10 +56,13 @@ async def start(setup: Setup) -> AsyncIterator[LrlEngine]:
     with tempfile.TemporaryDirectory(prefix="lrl-") as ipc_dir:
         config = Path(ipc_dir) / "config.json"
         config.write_text(json.dumps(msgspec.to_builtins(engine_config(setup, ipc_dir))))
-        modules = ("rollout_server.manager.process", "rollout_server.worker.process")
+        modules = {
+            "rollout_server.manager.process": dict(os.environ),
+            "rollout_server.worker.process": with_huge_pages(),
+        }
         processes = [
-            subprocess.Popen([sys.executable, "-m", module, str(config)], stdin=subprocess.DEVNULL)
-            for module in modules
+            subprocess.Popen([sys.executable, "-m", module, str(config)], stdin=subprocess.DEVNULL, env=environment)
+            for module, environment in modules.items()
         ]
         client = EngineClient(Path(ipc_dir))
         try:

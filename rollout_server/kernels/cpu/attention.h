@@ -22,17 +22,26 @@ typedef struct {
     int64_t visible;        /* positions it sees */
 } ISA(query);
 
+/* Up to four pages of one kv head that are wanted soon. */
+typedef struct {
+    const int32_t *page;
+    int pages, kv_head;
+} ISA(place);
+
 /* One tile of queries against one block: positions `start` … `start` + 64, as far as there are pages. The first page stands in
- * for those that are missing; its scores are masked there. */
+ * for those that are missing; its scores are masked there. The pages of `next` are fetched meanwhile. */
 INLINE void ISA(block)(const attention_args *a, const ISA(query) * queries, int count, const int32_t *page, int pages,
-                       int64_t start, int kv_head, int bf16) {
+                       ISA(place) next, int64_t start, int kv_head, int bf16) {
     const int dim = a->dim, lanes = bf16 ? dim / 2 : dim;
     const size_t head = (size_t)lanes * PAGE, stride = head * a->kv_heads;
-    const uint32_t *key[BLOCK_PAGES], *value[BLOCK_PAGES];
+    const uint32_t *key[BLOCK_PAGES], *value[BLOCK_PAGES], *key_ahead[BLOCK_PAGES], *value_ahead[BLOCK_PAGES];
     for (int p = 0; p < BLOCK_PAGES; p++) {
         const size_t at = page[p < pages ? p : 0] * stride + kv_head * head;
+        const size_t ahead = next.page[p < next.pages ? p : 0] * stride + next.kv_head * head;
         key[p] = (const uint32_t *)a->keys + at;
         value[p] = (const uint32_t *)a->values + at;
+        key_ahead[p] = (const uint32_t *)a->keys + ahead;
+        value_ahead[p] = (const uint32_t *)a->values + ahead;
     }
     f32x16 score[QUERIES][BLOCK_PAGES];
 #pragma GCC unroll 8
@@ -43,6 +52,8 @@ INLINE void ISA(block)(const attention_args *a, const ISA(query) * queries, int 
         u32x16 here[BLOCK_PAGES];
 #pragma GCC unroll 4
         for (int p = 0; p < BLOCK_PAGES; p++) here[p] = ISA(load_lanes)(key[p] + k * PAGE);
+#pragma GCC unroll 4
+        for (int p = 0; p < BLOCK_PAGES; p++) __builtin_prefetch(key_ahead[p] + k * PAGE, 0, 3);
 #pragma GCC unroll 8
         for (int m = 0; m < count; m++) {
             const u32x16 q = (u32x16){0} + queries[m].q[k];
@@ -112,6 +123,8 @@ INLINE void ISA(block)(const attention_args *a, const ISA(query) * queries, int 
                     u32x16 here[4];
 #pragma GCC unroll 4
                     for (int c = 0; c < 4; c++) here[c] = ISA(load_lanes)(value[p] + j * dim + d + c * 16);
+#pragma GCC unroll 4
+                    for (int c = 0; c < 4; c++) __builtin_prefetch(value_ahead[p] + j * dim + d + c * 16, 0, 3);
 #pragma GCC unroll 8
                     for (int m = 0; m < count; m++) {
                         const u32x16 w = (u32x16){0} + weight[m][p * steps + j];
@@ -141,18 +154,20 @@ INLINE void ISA(block)(const attention_args *a, const ISA(query) * queries, int 
     }
 }
 
-/* A tile against positions `from` … `to`; `from` is a multiple of the block. Queries that see nothing of a block sit it out:
+/* A tile against positions `from` … `to`; `from` is a multiple of the block; after it comes `then`. Queries that see nothing of a block sit it out:
  * they stand first, since later tokens see more. */
 INLINE void ISA(walk)(const attention_args *a, const ISA(query) * queries, int count, const int32_t *table, int64_t from,
-                      int64_t to, int kv_head, int bf16) {
+                      int64_t to, int kv_head, ISA(place) then, int bf16) {
     for (int64_t start = from; start < to; start += BLOCK) {
         while (count && queries->visible <= start) queries++, count--;
         const int64_t left = to - start;
         const int pages = left >= BLOCK ? BLOCK_PAGES : (int)((left + PAGE - 1) / PAGE);
         const int32_t *page = table + start / PAGE;
+        const int more = left >= 2 * BLOCK ? BLOCK_PAGES : (int)((left - BLOCK + PAGE - 1) / PAGE);
+        const ISA(place) next = left > BLOCK ? (ISA(place)){page + BLOCK_PAGES, more, kv_head} : then;
         switch (count) {
 #define CASE(m) \
-    case m: ISA(block)(a, queries, m, page, pages, start, kv_head, bf16); break;
+    case m: ISA(block)(a, queries, m, page, pages, next, start, kv_head, bf16); break;
             CASE(1) CASE(2)
 #if LRL_AVX512BF16
             CASE(3) CASE(4) CASE(5) CASE(6)
@@ -163,13 +178,15 @@ INLINE void ISA(walk)(const attention_args *a, const ISA(query) * queries, int c
 }
 
 static __attribute__((noinline)) void ISA(walk_bf16)(const attention_args *a, const ISA(query) * queries, int count,
-                                                     const int32_t *table, int64_t from, int64_t to, int kv_head) {
-    ISA(walk)(a, queries, count, table, from, to, kv_head, 1);
+                                                     const int32_t *table, int64_t from, int64_t to, int kv_head,
+                                                     ISA(place) then) {
+    ISA(walk)(a, queries, count, table, from, to, kv_head, then, 1);
 }
 
 static __attribute__((noinline)) void ISA(walk_f32)(const attention_args *a, const ISA(query) * queries, int count,
-                                                    const int32_t *table, int64_t from, int64_t to, int kv_head) {
-    ISA(walk)(a, queries, count, table, from, to, kv_head, 0);
+                                                    const int32_t *table, int64_t from, int64_t to, int kv_head,
+                                                    ISA(place) then) {
+    ISA(walk)(a, queries, count, table, from, to, kv_head, then, 0);
 }
 
 INLINE void ISA(fresh)(float *state, int dim) {
@@ -182,6 +199,7 @@ static void ISA(shared)(const attention_args *a, const int32_t *run, const int32
                         int64_t parts, int bf16) {
     const int count = run[0], first = run[1], last = run[2], group = a->heads / a->kv_heads;
     const int32_t *table = a->tables + (int64_t)a->lines[rows[0]] * a->table_width;
+    const ISA(place) again = {table + first, last - first < BLOCK_PAGES ? last - first : BLOCK_PAGES, kv_head};
     ISA(query) queries[QUERIES];
     int filled = 0;
     const int64_t from = count * part / parts, to = count * (part + 1) / parts;
@@ -194,18 +212,18 @@ static void ISA(shared)(const attention_args *a, const int32_t *run, const int32
                                                  a->states + at * (32 + a->dim), INT64_MAX};
                 if (filled == QUERIES) {
                     (bf16 ? ISA(walk_bf16) : ISA(walk_f32))(a, queries, filled, table, (int64_t)first * PAGE,
-                                                            (int64_t)last * PAGE, kv_head);
+                                                            (int64_t)last * PAGE, kv_head, again);
                     filled = 0;
                 }
             }
     }
     if (filled)
         (bf16 ? ISA(walk_bf16) : ISA(walk_f32))(a, queries, filled, table, (int64_t)first * PAGE, (int64_t)last * PAGE,
-                                                kv_head);
+                                                kv_head, again);
 }
 
 /* `tokens` tokens of one row and one kv head, from the position where sharing ended to their own. */
-static void ISA(own)(const attention_args *a, int row, int64_t token, int tokens, int kv_head, int bf16) {
+static void ISA(own)(const attention_args *a, int row, int64_t token, int tokens, int kv_head, ISA(place) then, int bf16) {
     const int group = a->heads / a->kv_heads, dim = a->dim, all = tokens * group;
     const int32_t *table = a->tables + (int64_t)a->lines[row] * a->table_width;
     const int64_t from = a->shared ? (int64_t)a->shared[row] * PAGE : 0;
@@ -221,7 +239,7 @@ static void ISA(own)(const attention_args *a, int row, int64_t token, int tokens
             if (!from) ISA(fresh)(state, dim);
             queries[i] = (ISA(query)){(const uint32_t *)((const char *)a->q + at * dim * (bf16 ? 2 : 4)), state, to};
         }
-        (bf16 ? ISA(walk_bf16) : ISA(walk_f32))(a, queries, count, table, from, to, kv_head);
+        (bf16 ? ISA(walk_bf16) : ISA(walk_f32))(a, queries, count, table, from, to, kv_head, then);
         for (int i = 0; i < count; i++) {
             const int64_t t = token + (done + i) / group, at = t * a->heads + kv_head * group + (done + i) % group;
             const float norm = 1.0f / ISA(sum)(ISA(load_f32)(queries[i].state));
@@ -249,12 +267,17 @@ static void ISA(attention)(const attention_args *a, const int32_t *runs, const i
             ISA(shared)(a, run, run_rows + run[3], (int)(i / parts % a->kv_heads), i % parts, parts, bf16);
         }
     }
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < a->bites * a->kv_heads; i++) {
-        const int64_t b = i / a->kv_heads;
-        const int row = a->bite_rows[b];
+    const int64_t tasks = a->bites * a->kv_heads;
+    const int turn = tasks >= 64 ? 2 * a->kv_heads : 1; /* tasks that one thread does in a row */
+#pragma omp for schedule(dynamic, turn)
+    for (int64_t i = 0; i < tasks; i++) {
+        const int64_t b = i / a->kv_heads, after = (i + 1 < tasks ? i + 1 : i) / a->kv_heads;
+        const int row = a->bite_rows[b], next = a->bite_rows[after];
         const int64_t token = a->bite_tokens[b], left = a->offsets[row + 1] - token;
-        ISA(own)(a, row, token, (int)(left < a->bite ? left : a->bite), (int)(i % a->kv_heads), bf16);
+        const int64_t skip = a->shared ? a->shared[next] : 0, end = a->positions[a->bite_tokens[after]] / PAGE + 1;
+        const ISA(place) then = {a->tables + (int64_t)a->lines[next] * a->table_width + skip,
+                                 end - skip < BLOCK_PAGES ? (int)(end - skip) : BLOCK_PAGES, (int)((i + 1) % a->kv_heads)};
+        ISA(own)(a, row, token, (int)(left < a->bite ? left : a->bite), (int)(i % a->kv_heads), then, bf16);
     }
 }
 

@@ -219,7 +219,7 @@ class RolloutServer:
                 stdout=log,
                 stderr=log,
                 env={
-                    **(with_huge_pages() if module == _ENGINE["worker"] else os.environ),
+                    **inherits,
                     "PYTHONPATH": path,
                     "PYTHONSAFEPATH": "1",
                 },

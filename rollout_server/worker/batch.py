@@ -17,7 +17,7 @@ import torch
 
 from rollout_server import messages as m
 from rollout_server.kernels.interface import AdapterSpan, Batch
-from rollout_server.worker.sharing import shared_runs
+from rollout_server.worker import sharing
 from rollout_server.worker.slots import Slots
 from rollout_server.worker.transfer import to_device
 
@@ -66,7 +66,9 @@ def flatten(
         lengths=on_device[5],
         longest=int(lengths.max()),
         most=most,
-        runs=shared_runs(slots.host_tables[lines, : -(-int(starts.max()) // page_size)], starts, page_size)
+        runs=sharing.shared_runs(
+            slots.host_tables[lines, : -(-int(starts.max()) // page_size)], starts, page_size, sharing.MEASURED
+        )
         if shared
         else [],
         adapters=_spans([slots.adapters[row.slot] for row in ordered], offsets.tolist(), policy_adapter),

@@ -7,6 +7,8 @@ tree is read off the page tables alone.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
@@ -14,33 +16,38 @@ from rollout_server.kernels.interface import SharedRun
 
 BLOCK_PAGES = 4
 """Runs begin and end at multiples of this: 64 positions, what the CPU kernel takes at a time."""
-MIN_ROWS = 4
-"""Fewer rows read a run's keys and values faster on their own than together: queries must be gathered and partial
-results merged."""
-MIN_PAGES = 4
-"""Shorter runs cost more in merging (one more partial result a row and head) than they save in reading."""
+
+
+class Thresholds(NamedTuple):
+    """What a run must have at least to be one."""
+
+    rows: int
+    pages: int
+    saved: int
+    """Rows × pages."""
+
+
+MEASURED = Thresholds(rows=16, pages=32, saved=2048)
+"""On a 2-core CPU (docs/results.md). Below, rows are as fast on their own: pages that others read too are in cache, while
+gathering queries and keeping their state between runs costs time, and small passes without runs are replayed whole
+(`cpu_programs`)."""
 
 
 def shared_runs(
-    tables: npt.NDArray[np.int32],
-    starts: npt.NDArray[np.int32],
-    page_size: int,
-    *,
-    min_rows: int = MIN_ROWS,
-    min_pages: int = MIN_PAGES,
+    tables: npt.NDArray[np.int32], starts: npt.NDArray[np.int32], page_size: int, least: Thresholds
 ) -> list[SharedRun]:
-    """Runs of at least `min_pages` pages shared by at least `min_rows` rows, parents before children.
+    """Runs of at least so many pages that at least so many rows share, parents before children.
 
     `tables` int32 [R, pages] holds the rows' page tables, `starts` int32 [R] the position of each row's first token: pages
-    that reach it are not all visible to all the row's tokens and belong to no run. A stretch shorter than `min_pages` that
+    that reach it are not all visible to all the row's tokens and belong to no run. A stretch too short for a run that
     rows share before they part is counted to the longer runs after it, so that runs of a row leave no gap.
     """
     blocks = starts // (page_size * BLOCK_PAGES)
     rows = np.flatnonzero(blocks > 0)
-    if rows.size < min_rows:
+    if rows.size < least.rows:
         return []
     _, which, counts = np.unique(tables[rows, 0], return_inverse=True, return_counts=True)
-    rows = rows[counts[which] >= min_rows]
+    rows = rows[counts[which] >= least.rows]
     if not rows.size:
         return []
     rows, common = _sort(tables, rows, blocks[rows])
@@ -50,14 +57,15 @@ def shared_runs(
         low, high, first = pending.pop()
         inner = common[low + 1 : high]
         last = int(inner.min())
-        if (last - first) * BLOCK_PAGES >= min_pages:
+        pages = (last - first) * BLOCK_PAGES
+        if pages >= least.pages and pages * (high - low) >= least.saved:
             runs.append(SharedRun(np.sort(rows[low:high]).tolist(), first * BLOCK_PAGES, last * BLOCK_PAGES))
             first = last
         edges = [low, *(np.flatnonzero(inner == last) + low + 1).tolist(), high]
         pending += [
             (begin, end, first)
             for begin, end in zip(edges[-2::-1], edges[:0:-1], strict=True)
-            if end - begin >= min_rows
+            if end - begin >= least.rows
         ]
     return runs
 

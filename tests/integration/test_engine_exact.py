@@ -135,7 +135,7 @@ PATHS: dict[str, dict[str, int | bool]] = {
     "chunked prefill": {"max_step_tokens": 23},
     "no look-ahead": {"lookahead": 0},
     "far look-ahead": {"lookahead": 4},
-    "no shared prefix attention": {"shared_prefix": False},
+    "shared prefix attention": {"shared_prefix": True},
     "batches of 3": {"max_batch": 3},
     "one by one": {"max_batch": 1},
     "preemption": {"kv_tokens": 400, "max_step_tokens": 128},

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 
 from rollout_server.kernels.interface import SharedRun
-from rollout_server.worker.sharing import BLOCK_PAGES, shared_runs
+from rollout_server.worker.sharing import BLOCK_PAGES, Thresholds, shared_runs
 
 SIZE = 16
 BLOCK = SIZE * BLOCK_PAGES
@@ -60,7 +60,7 @@ def passes(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
 @given(case=passes(), least=st.integers(2, 5), pages=st.sampled_from([4, 8]))
 def test_equals_a_naive_trie(case: tuple[np.ndarray, np.ndarray], least: int, pages: int) -> None:
     tables, starts = case
-    runs = shared_runs(tables, starts, SIZE, min_rows=least, min_pages=pages)
+    runs = shared_runs(tables, starts, SIZE, Thresholds(least, pages, 1))
     visible = {
         row: [tuple(table[b * BLOCK_PAGES : (b + 1) * BLOCK_PAGES]) for b in range(start // BLOCK)]
         for row, (table, start) in enumerate(zip(tables.tolist(), starts.tolist(), strict=True))
@@ -88,7 +88,7 @@ def test_a_group_and_its_branches() -> None:
     tables[:32, 8:16] = np.arange(50, 58)
     starts = np.full(64, 18 * SIZE, np.int32)
     starts[5] = 9 * SIZE
-    assert shared_runs(tables, starts, SIZE) == [
+    assert shared_runs(tables, starts, SIZE, Thresholds(4, 4, 1)) == [
         SharedRun(list(range(64)), 0, 8),
         SharedRun([row for row in range(32) if row != 5], 8, 16),
     ]
@@ -104,7 +104,7 @@ def test_cheap(groups: int) -> None:
     best = float("inf")
     for _ in range(20):
         started = time.perf_counter()
-        runs = shared_runs(tables, starts, SIZE)
+        runs = shared_runs(tables, starts, SIZE, Thresholds(4, 4, 1))
         best = min(best, time.perf_counter() - started)
     assert len(runs) == (groups if groups < 256 else 0)
     assert best < 0.005

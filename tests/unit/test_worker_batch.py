@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hypothesis.strategies as st
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 
 from rollout_server.messages import Open, Row, SamplingParams
+from rollout_server.worker import sharing
 from rollout_server.worker.batch import flatten
 from rollout_server.worker.slots import Slots
 from rollout_server.worker.transfer import packed, to_device
@@ -91,8 +93,9 @@ def test_tables_grow_and_start_anew() -> None:
     assert slots.biases == {}
 
 
-def test_shared_runs_speak_of_the_rows_of_the_batch() -> None:
+def test_shared_runs_speak_of_the_rows_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are put in another order for their adapters; runs must name the places after that."""
+    monkeypatch.setattr(sharing, "MEASURED", sharing.Thresholds(2, 4, 1))
     slots = Slots(SLOTS, 32, 999, 100, CPU)
     names = ["b", "a", "b", "a", "b", "b"]
     slots.open([Open(slot=slot, sampling=None, adapter=name) for slot, name in enumerate(names)])

@@ -25,6 +25,7 @@ from rollout_server.models.checksum import checksum
 from rollout_server.models.config import read_config
 from rollout_server.models.decoder import load_decoder
 from rollout_server.models.weights import tensor_shapes
+from rollout_server.worker import sharing
 from rollout_server.worker.batch import flatten
 from rollout_server.worker.kv_cache import KVCache
 from rollout_server.worker.process import build_runner, choose_device, serve
@@ -302,9 +303,10 @@ def test_order_within_a_pass(model: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_shared_prefixes(model: Path, dtype: str) -> None:
+def test_shared_prefixes(model: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Six sequences go on from the same pages, two of them from each other's branch, one from elsewhere: with and without
     shared-prefix attention they get the same, with the kernels of this machine."""
+    monkeypatch.setattr(sharing, "MEASURED", sharing.Thresholds(4, 4, 1))
     outputs = []
     for shared in (True, False):
         engine = EngineConfig(

@@ -24,7 +24,7 @@ from rollout_server.models.config import ModelConfig
 PAGE_SIZE = 16
 """Fixed by the memory layout."""
 _UNIT = 16
-_TILE_QUERIES = 6
+_BITE_QUERIES = 24
 _MAX_RANK = 512
 _LORA_ROWS = 32
 _SERIAL_WORK = 16384
@@ -303,7 +303,7 @@ def _lora_work(spans: Sequence[tuple[int, int, Lora]], bf16: int) -> _LoraWork:
 
 
 def _plan(batch: Batch, heads: int, kv_heads: int, dim: int) -> _AttentionPlan:
-    bite = max(1, _TILE_QUERIES // (heads // kv_heads))
+    bite = max(1, _BITE_QUERIES // (heads // kv_heads))
     offsets = batch.offsets.numpy()
     counts = np.diff(offsets)
     bites = -(-counts // bite)

@@ -15,6 +15,7 @@
 #else
 #define QUERIES 2
 #endif
+#define TILES 4
 
 typedef struct {
     const uint32_t *q;      /* query's lanes */
@@ -29,9 +30,9 @@ typedef struct {
 } ISA(place);
 
 /* One tile of queries against one block: positions `start` … `start` + 64, as far as there are pages. The first page stands in
- * for those that are missing; its scores are masked there. The pages of `next` are fetched meanwhile. */
-INLINE void ISA(block)(const attention_args *a, const ISA(query) * queries, int count, const int32_t *page, int pages,
-                       ISA(place) next, int64_t start, int kv_head, int bf16) {
+ * for those that are missing; its scores are masked there. The pages of `next` are fetched meanwhile. q_lanes: the queries, [lanes, QUERIES]. */
+INLINE void ISA(block)(const attention_args *a, const ISA(query) * queries, const uint32_t *q_lanes, int count,
+                       const int32_t *page, int pages, ISA(place) next, int64_t start, int kv_head, int bf16) {
     const int dim = a->dim, lanes = bf16 ? dim / 2 : dim;
     const size_t head = (size_t)lanes * PAGE, stride = head * a->kv_heads;
     const uint32_t *key[BLOCK_PAGES], *value[BLOCK_PAGES], *key_ahead[BLOCK_PAGES], *value_ahead[BLOCK_PAGES];
@@ -56,7 +57,7 @@ INLINE void ISA(block)(const attention_args *a, const ISA(query) * queries, int 
         for (int p = 0; p < BLOCK_PAGES; p++) __builtin_prefetch(key_ahead[p] + k * PAGE, 0, 3);
 #pragma GCC unroll 8
         for (int m = 0; m < count; m++) {
-            const u32x16 q = (u32x16){0} + queries[m].q[k];
+            const u32x16 q = (u32x16){0} + q_lanes[k * QUERIES + m];
 #pragma GCC unroll 4
             for (int p = 0; p < BLOCK_PAGES; p++) score[m][p] = ISA(dp)(score[m][p], here[p], q, bf16);
         }
@@ -96,7 +97,7 @@ INLINE void ISA(block)(const attention_args *a, const ISA(query) * queries, int 
         }
 #pragma GCC unroll 4
         for (int p = 0; p < BLOCK_PAGES; p++) {
-            f32x16 w = top == -INFINITY ? ISA(splat)(0.0f) : ISA(exp)(score[m][p] - top);
+            f32x16 w = top == -INFINITY ? ISA(splat)(0.0f) : ISA(exp_)(score[m][p] - top, bf16);
             if (left < (p + 1) * PAGE) {
                 const i32x16 hidden = lane >= (int32_t)(left > p * PAGE ? left - p * PAGE : 0);
                 u32x16 bits;
@@ -154,25 +155,35 @@ INLINE void ISA(block)(const attention_args *a, const ISA(query) * queries, int 
     }
 }
 
-/* A tile against positions `from` … `to`; `from` is a multiple of the block; after it comes `then`. Queries that see nothing of a block sit it out:
+/* Up to TILES tiles against positions `from` … `to`; `from` is a multiple of the block; after it comes `then`. Queries that see nothing of a block sit it out:
  * they stand first, since later tokens see more. */
 INLINE void ISA(walk)(const attention_args *a, const ISA(query) * queries, int count, const int32_t *table, int64_t from,
                       int64_t to, int kv_head, ISA(place) then, int bf16) {
+    const int lanes = bf16 ? a->dim / 2 : a->dim;
+    const int tiles = (count + QUERIES - 1) / QUERIES, size = (count + tiles - 1) / tiles;
+    uint32_t gathered[MAX_DIM * QUERIES * TILES];
+    for (int m = 0; m < count; m++)
+        for (int k = 0; k < lanes; k++) gathered[((m / size) * lanes + k) * QUERIES + m % size] = queries[m].q[k];
     for (int64_t start = from; start < to; start += BLOCK) {
-        while (count && queries->visible <= start) queries++, count--;
         const int64_t left = to - start;
         const int pages = left >= BLOCK ? BLOCK_PAGES : (int)((left + PAGE - 1) / PAGE);
         const int32_t *page = table + start / PAGE;
         const int more = left >= 2 * BLOCK ? BLOCK_PAGES : (int)((left - BLOCK + PAGE - 1) / PAGE);
         const ISA(place) next = left > BLOCK ? (ISA(place)){page + BLOCK_PAGES, more, kv_head} : then;
-        switch (count) {
+        for (int first = 0; first < count; first += size) {
+            const ISA(query) *tile = queries + first;
+            const uint32_t *q_lanes = gathered + first / size * lanes * QUERIES;
+            int n = count - first < size ? count - first : size;
+            while (n && tile->visible <= start) tile++, q_lanes++, n--;
+            switch (n) {
 #define CASE(m) \
-    case m: ISA(block)(a, queries, m, page, pages, next, start, kv_head, bf16); break;
-            CASE(1) CASE(2)
+    case m: ISA(block)(a, tile, q_lanes, m, page, pages, next, start, kv_head, bf16); break;
+                CASE(1) CASE(2)
 #if LRL_AVX512BF16
-            CASE(3) CASE(4) CASE(5) CASE(6)
+                CASE(3) CASE(4) CASE(5) CASE(6)
 #endif
 #undef CASE
+            }
         }
     }
 }
@@ -200,7 +211,7 @@ static void ISA(shared)(const attention_args *a, const int32_t *run, const int32
     const int count = run[0], first = run[1], last = run[2], group = a->heads / a->kv_heads;
     const int32_t *table = a->tables + (int64_t)a->lines[rows[0]] * a->table_width;
     const ISA(place) again = {table + first, last - first < BLOCK_PAGES ? last - first : BLOCK_PAGES, kv_head};
-    ISA(query) queries[QUERIES];
+    ISA(query) queries[QUERIES * TILES];
     int filled = 0;
     const int64_t from = count * part / parts, to = count * (part + 1) / parts;
     for (int64_t i = from; i < to; i++) {
@@ -210,7 +221,7 @@ static void ISA(shared)(const attention_args *a, const int32_t *run, const int32
                 const int64_t at = t * a->heads + kv_head * group + g;
                 queries[filled++] = (ISA(query)){(const uint32_t *)((const char *)a->q + at * a->dim * (bf16 ? 2 : 4)),
                                                  a->states + at * (32 + a->dim), INT64_MAX};
-                if (filled == QUERIES) {
+                if (filled == QUERIES * TILES) {
                     (bf16 ? ISA(walk_bf16) : ISA(walk_f32))(a, queries, filled, table, (int64_t)first * PAGE,
                                                             (int64_t)last * PAGE, kv_head, again);
                     filled = 0;
@@ -227,10 +238,10 @@ static void ISA(own)(const attention_args *a, int row, int64_t token, int tokens
     const int group = a->heads / a->kv_heads, dim = a->dim, all = tokens * group;
     const int32_t *table = a->tables + (int64_t)a->lines[row] * a->table_width;
     const int64_t from = a->shared ? (int64_t)a->shared[row] * PAGE : 0;
-    float local[QUERIES * (32 + MAX_DIM)] __attribute__((aligned(64)));
+    float local[QUERIES * TILES * (32 + MAX_DIM)] __attribute__((aligned(64)));
     for (int done = 0; done < all;) {
-        const int tiles = (all - done + QUERIES - 1) / QUERIES, count = (all - done + tiles - 1) / tiles;
-        ISA(query) queries[QUERIES];
+        const int count = all - done < QUERIES * TILES ? all - done : QUERIES * TILES;
+        ISA(query) queries[QUERIES * TILES];
         int64_t to = 0;
         for (int i = 0; i < count; i++) {
             const int64_t t = token + (done + i) / group, at = t * a->heads + kv_head * group + (done + i) % group;
@@ -284,3 +295,4 @@ static void ISA(attention)(const attention_args *a, const int32_t *runs, const i
 #undef BLOCK_PAGES
 #undef BLOCK
 #undef QUERIES
+#undef TILES

@@ -99,11 +99,10 @@ INLINE void ISA(rope_row)(const void *qkv, void *q_out, void *keys, void *values
             const size_t o = ((size_t)token * heads + h) * dim;
             for (int j = 0; j < dim; j += 16) ISA(put)(q_out, o + j, ISA(load_f32)(rotated + j), bf16);
         } else {
-            const size_t o = ((page * kv_heads + (h - heads)) * dim) * PAGE;
-            for (int j = 0; j < dim; j++) {
-                if (bf16) ((uint16_t *)keys)[o + ((size_t)(j / 2) * PAGE + offset) * 2 + j % 2] = to_bf16(rotated[j]);
-                else ((float *)keys)[o + (size_t)j * PAGE + offset] = rotated[j];
-            }
+            const int lanes = bf16 ? dim / 2 : dim;
+            uint32_t lane[MAX_DIM], *to = (uint32_t *)keys + (page * kv_heads + (h - heads)) * lanes * PAGE + offset;
+            for (int j = 0; j < dim; j += 16) ISA(put)(lane, j, ISA(load_f32)(rotated + j), bf16);
+            for (int j = 0; j < lanes; j++) to[(size_t)j * PAGE] = lane[j];
         }
     }
     for (int h = 0; h < kv_heads; h++) {

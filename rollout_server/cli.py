@@ -37,6 +37,11 @@ def _configure_serve(parser: argparse.ArgumentParser) -> None:
     )
     add("--store", metavar="PATH", help="episode database: serve and record its episodes at /e/<episode>/v1")
     add("--api-key-env", metavar="NAME", help="environment variable that holds the key which clients must send")
+    add(
+        "--admin-key-env",
+        metavar="NAME",
+        help="environment variable that holds the key of weights, adapters, pause, sleep",
+    )
     add("--dp", type=int, default=1, metavar="N", help="replicas behind prefix-aware routing (%(default)s)")
     add("--device", default="auto", help="cpu, cuda or cuda:N; auto takes a GPU where there is one (%(default)s)")
     add("--kv-tokens", type=int, default=65536, help="tokens that a replica's KV cache holds (%(default)s)")
@@ -92,6 +97,7 @@ def _serve(args: argparse.Namespace) -> int:
         store=args.store,
         aliases=args.alias,
         api_key=key,
+        admin_key=_key_from(args.admin_key_env),
         kv_tokens=args.kv_tokens,
         max_batch=args.max_batch,
         threads=args.threads,

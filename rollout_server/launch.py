@@ -43,7 +43,8 @@ class RolloutServer:
     """The engine's settings are `EngineConfig`'s; those of caches and batches are each replica's, `threads` is shared out.
 
     `port` 0 takes any free one; `aliases` are globs of model names; `dp` is the number of replicas, on a GPU of its own
-    each where there are GPUs; `adapters` are LoRA adapters to begin with: directories by name.
+    each where there are GPUs; `adapters` are LoRA adapters to begin with: directories by name. Without an `admin_key` one is
+    made up, for `admin()` alone.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class RolloutServer:
         store: Path | str | None = None,
         aliases: Sequence[str] = (),
         api_key: str | None = None,
+        admin_key: str | None = None,
         kv_tokens: int = 65536,
         page_size: int = 16,
         max_batch: int = 64,
@@ -76,7 +78,7 @@ class RolloutServer:
         if not _is_loopback(host) and api_key is None:
             raise ServerError(f"refusing to serve on {host} without an API key", hint="give a key, or use 127.0.0.1")
         devices = replica_devices(device, dp)
-        self.admin_key = secrets.token_urlsafe(24)
+        self.admin_key = admin_key or secrets.token_urlsafe(24)
         self._log_dir = log_dir
         self._host = host
         self._port = port
@@ -203,7 +205,7 @@ class RolloutServer:
             "ipc_dirs": [engine.ipc_dir for engine in self._engines],
             "model_dir": first.model_dir,
             "parent_pid": first.parent_pid,
-            "kv_tokens": first.kv_tokens,
+            "kv_tokens": first.num_pages * first.page_size,
             "host_kv_tokens": first.host_kv_tokens,
             "listen_fd": listener.fileno(),
         }

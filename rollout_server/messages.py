@@ -224,8 +224,8 @@ class Failed(Struct, frozen=True, kw_only=True, tag=True):
 
     request_id: str
     code: str
-    """`context_length_exceeded`, `too_large`, `invalid_token_ids`, `model_not_found` (an adapter that is not loaded),
-    `weights_rejected`, `aborted`, `worker_failed`, `shutting_down`, `integrity`."""
+    """`context_length_exceeded`, `too_large`, `invalid_token_ids`, `invalid_sampling`, `model_not_found` (an adapter that is
+    not loaded), `weights_rejected`, `aborted`, `worker_failed`, `shutting_down`, `integrity`."""
     message: str
 
 

@@ -94,6 +94,7 @@ def open_session(recipe: Recipe, run: RunDirectory, console: Console) -> Iterato
                     model_dir,
                     recipe.model.name,
                     recipe.model.dtype,
+                    device="cpu",  # where the trainer computes: both round alike
                     log_dir=run.logs,
                     store=run.store,
                     aliases=["*"],

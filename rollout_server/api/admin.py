@@ -9,7 +9,7 @@ names); `/pause {mode?}`, `/resume`, `/sleep {level?}`, `/wake_up`; `/score {seq
 from __future__ import annotations
 
 import asyncio
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -23,8 +23,11 @@ from rollout_server.api.wire import json_body, json_response
 T = TypeVar("T")
 
 
+Version = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+
+
 class UpdateBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    version: int
+    version: Version
     path: str | None = None
     """Short for a source of type `directory`."""
     source: m.WeightSource | None = None
@@ -48,7 +51,7 @@ class LoadAdapterBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lora_path: str
     load_inplace: bool = False
     """Replace an adapter of this name."""
-    version: int | None = None
+    version: Version | None = None
     """Default: one more than the name's last."""
 
 

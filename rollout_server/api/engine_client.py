@@ -215,7 +215,6 @@ class EngineClient:
         """
         request_id = self._new_id()
         generation = Generation(request_id, n, self.cancel, ended)
-        self._generations[request_id] = generation
         self._send(
             m.Submit(
                 request_id=request_id,
@@ -226,6 +225,7 @@ class EngineClient:
                 adapter=adapter,
             )
         )
+        self._generations[request_id] = generation
         return generation
 
     def cancel(self, request_id: str) -> None:
@@ -273,8 +273,8 @@ class EngineClient:
     async def _ask(self, question: Question, kind: type[Reply]) -> Reply:
         waiter: asyncio.Future[m.FromManager] = self._loop.create_future()
         self._replies[question.request_id] = waiter
-        self._send(question)
         try:
+            self._send(question)
             reply = await waiter
         finally:
             self._replies.pop(question.request_id, None)

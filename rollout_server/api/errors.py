@@ -22,6 +22,7 @@ _ENGINE_STATUS = {
     "context_length_exceeded": 400,
     "too_large": 400,
     "invalid_token_ids": 400,
+    "invalid_sampling": 400,
     "weights_rejected": 400,
     "model_not_found": 404,
     "checksum_mismatch": 409,

@@ -206,7 +206,8 @@ class Exchange:
             reply = self.replies[plan.index] = self._respond(plan)
             if self._log is not None and self.services.recorder is not None:
                 spans, self._spans = self._spans, []
-                await self.services.recorder.record(self._log, self._call(plan, self._log.id, reply), spans)
+                written = self.services.recorder.record(self._log, self._call(plan, self._log.id, reply), spans)
+                await asyncio.shield(self.services.spawn(written))  # a client that leaves must not undo it
 
     def _call(self, plan: Plan, episode_id: str, reply: Message) -> Call:
         choice = plan.choice

@@ -65,7 +65,7 @@ class Replicas:
                 priority=priority,
                 ended=lambda: self._router.release(route),
             )
-        except EngineError:
+        except BaseException:
             self._router.release(route)
             raise
 

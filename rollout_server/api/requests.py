@@ -28,6 +28,9 @@ _TYPES = {"str", "int"}
 """What pydantic puts into the path of an error inside a union."""
 
 Natural = Annotated[int, Field(ge=1)]
+LIMIT = 2**31
+"""Of whole numbers: what the engine's 32-bit fields hold."""
+TokenNumber = Annotated[int, Field(ge=0, lt=LIMIT)]
 TokenId = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]
 
 
@@ -45,18 +48,18 @@ class _Sampled(_Strict):
     model: str
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=-1)] = 0
+    top_k: Annotated[int, Field(ge=-1, lt=LIMIT)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] = {}
-    priority: int = 0
+    priority: Annotated[int, Field(gt=-LIMIT, lt=LIMIT)] = 0
     """Lower goes first."""
     seed: int | None = None
     n: Annotated[int, Field(ge=1, le=256)] = 1
     stop: str | list[str] = []
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] = []
+    stop_token_ids: list[TokenNumber] = []
     ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
@@ -138,7 +141,7 @@ class ChatRequest(_Sampled):
 
 
 class CompletionRequest(_Sampled):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | list[str] | list[TokenNumber] | list[list[TokenNumber]]
     max_tokens: Natural = 16
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 

@@ -115,7 +115,12 @@ def parse_call(text: str) -> tuple[str, str] | None:
     name = value.get("name")
     if not isinstance(name, str) or not name:
         return None
-    return name, json.dumps(value["arguments"], ensure_ascii=False)
+    arguments = json.dumps(value["arguments"], ensure_ascii=False)
+    try:
+        (name + arguments).encode()
+    except UnicodeEncodeError:  # half of a surrogate pair is no text
+        return None
+    return name, arguments
 
 
 def parse_reply(text: str, reply_id: str) -> tuple[str | None, list[ToolCall]]:

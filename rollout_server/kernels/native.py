@@ -146,6 +146,11 @@ class NativeKernels:
         finally:
             self._tape = None
 
+    def forget(self) -> None:
+        """Let go of adapters and buffers of the last passes."""
+        self._spans.clear()
+        self._planned = None
+
     def _do(
         self,
         kind: int,
@@ -211,7 +216,10 @@ class NativeKernels:
         if work.wide and self._tape is not None:
             self._tape.whole = False
         for start, end, lora in work.wide:
-            y_TN[start:end] += self.linear(self.linear(x_TX[start:end], lora.down) * lora.scale, lora.up)
+            low = self.linear(x_TX[start:end], lora.down) * lora.scale
+            odd = low.shape[1] % 2 if bf16 else 0  # `pack` has filled up the lane
+            up = lora.up._replace(inputs=lora.up.inputs + odd)
+            y_TN[start:end] += self.linear(torch.nn.functional.pad(low, (0, odd)), up)
         if work.scales.size:
             pointers = (
                 y_TN.data_ptr(), x_TX.data_ptr(), work.bounds.ctypes.data, work.pairs.ctypes.data, work.scales.ctypes.data
@@ -280,9 +288,10 @@ class NativeKernels:
         rows, vocab = logits_BV.shape
         ids = torch.empty(rows, dtype=torch.int64)
         logprobs = torch.empty(rows)
+        temperatures, uniforms = temperatures_B.float().contiguous(), uniforms_B.double().contiguous()
         spans = np.empty(rows * -(-vocab // 256), np.float64)
         self._sample(
-            logits_BV.data_ptr(), temperatures_B.float().data_ptr(), uniforms_B.double().data_ptr(), spans.ctypes.data,
+            logits_BV.data_ptr(), temperatures.data_ptr(), uniforms.data_ptr(), spans.ctypes.data,
             ids.data_ptr(), logprobs.data_ptr(), rows, vocab, _is_bf16(logits_BV),
         )  # fmt: skip
         return ids, logprobs
@@ -344,7 +353,7 @@ def _levels(runs: Sequence[SharedRun], rows: int) -> list[list[SharedRun]]:
 
 def supports(heads: int, kv_heads: int, dim: int) -> bool:
     """Shapes within the kernel's fixed buffers."""
-    return dim % 16 == 0 and dim <= 256
+    return dim % 16 == 0 and dim <= 256 and heads % kv_heads == 0
 
 
 @once

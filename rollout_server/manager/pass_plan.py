@@ -38,6 +38,8 @@ class PassPlan:
 
     def completion_of(self, sequence: Sequence) -> Completion | None:
         """The prompt in this pass that `sequence` has in common, id by id."""
+        if sequence.sampling is None:
+            return None
         for completion in reversed(self.completions):
             leader = completion.sequence
             if leader.ids[-1] != sequence.ids[-1] or leader.private:

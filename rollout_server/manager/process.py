@@ -120,6 +120,8 @@ class Manager:
     ) -> list[m.FromManager]:
         try:
             self._check(ids, sampling)
+            if n < 1 or (sampling is not None and sampling.max_tokens < 1):
+                raise Refused("invalid_sampling", "n and max_tokens must be at least 1")
             self.scheduler.submit(key, ids, sampling, priority, n, adapter)
         except Refused as refused:
             return [m.Failed(request_id=key, code=refused.code, message=str(refused))]

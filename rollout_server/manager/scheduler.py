@@ -61,6 +61,8 @@ class Scheduler:
         self.prefilling: Sequence | None = None
         """The one running sequence whose prompt is part-way planned."""
         self._gate = Gate(self.memory)
+        self._stalled = False
+        """The last pass was planned without all who should be in it, for want of pages."""
         self._numbers = itertools.count()
 
     # requests ---------------------------------------------------------------------------------------------------------
@@ -210,6 +212,10 @@ class Scheduler:
         """The next pass; None when there is nothing to do, or nothing before results of earlier passes are applied."""
         if self.paused or self.asleep or len(self.in_flight) > self.lookahead:
             return None
+        if self._stalled and self.in_flight:
+            return (
+                None  # whoever must give way is in a pass under way: more passes without the rest would only delay it
+            )
         plan = PassPlan(self.counters.steps + 1)
         self._decode(plan)
         if not plan.stalled:
@@ -217,6 +223,7 @@ class Scheduler:
         if not plan.stalled:
             self._admit(plan)
         self.memory.settle()
+        self._stalled = plan.stalled
         if not plan.rows:
             return None
         plan.decoding = plan.drawing()
@@ -274,8 +281,8 @@ class Scheduler:
                 plan.stalled = True
                 return False
             self.counters.preemptions += 1
-            self._gate.close(None, plan.step)
             self._requeue(victim, remember=True)
+            self._gate.close(None, plan.step)
             if victim is sequence:
                 return False
         return True
@@ -484,7 +491,7 @@ class Scheduler:
                 reason = "stop"
             elif length - sequence.prompt_length >= sequence.max_tokens:
                 reason = "length"
-            top = tops[at] if tops else None
+            top = tops[at] if tops and sequence.sampling is not None and sequence.sampling.top_logprobs else None
             replies.append(
                 m.Tokens(
                     request_id=sequence.request.request_id,
@@ -492,7 +499,7 @@ class Scheduler:
                     ids=[token],
                     logprobs=[logprob],
                     versions=[versions[sequence.adapter]],
-                    top_logprobs=[top] if top else [],
+                    top_logprobs=[] if top is None else [top],
                     finish_reason=reason,
                     cached_tokens=sequence.cached_tokens,
                 )

@@ -40,7 +40,8 @@ class DecodePrograms:
 
     def covers(self, batch: Batch) -> bool:
         """One token a row, no shared runs, not too many rows."""
-        return self._recordable and batch.most == 1 and not batch.runs and batch.lines.shape[0] <= MAX_ROWS
+        rows = batch.lines.shape[0]
+        return self._recordable and batch.most == 1 and rows == batch.ids.shape[0] <= MAX_ROWS and not batch.runs
 
     def run(self, batch: Batch) -> torch.Tensor:
         """Hidden states [T, W] of a batch that is covered: valid until the next run."""
@@ -60,6 +61,7 @@ class DecodePrograms:
     def forget(self) -> None:
         """Adapters were loaded, replaced or removed: their tensors are elsewhere now."""
         self._programs.clear()
+        self._kernels.forget()
 
     def _record(self, key: tuple[int, int, tuple[AdapterSpan, ...]], batch: Batch) -> torch.Tensor:
         inputs = batch._replace(

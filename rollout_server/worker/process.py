@@ -59,8 +59,9 @@ def choose_kernels(config: ModelConfig, page_size: int, device: torch.device, *,
     if compiled is None:
         log.warning("the C kernels are not built (no compiler at installation?): using plain torch, slower")
         return reference
-    if page_size != native.PAGE_SIZE or not native.supports(config.heads, config.kv_heads, config.head_dim):
-        log.warning("the C kernels do not fit this model's head shape or page size: using plain torch, slower")
+    odd = config.hidden % 2 or config.intermediate % 2 or (config.moe is not None and config.moe.intermediate % 2)
+    if page_size != native.PAGE_SIZE or odd or not native.supports(config.heads, config.kv_heads, config.head_dim):
+        log.warning("the C kernels do not fit this model's widths, head shape or page size: using plain torch, slower")
         return reference
     return compiled
 

@@ -184,17 +184,29 @@ class Runner:
         return m.Loaded(version=load.version, checksum=live, error=error)
 
     def _load(self, load: m.Load) -> None:
-        loaded = open_source(load.source, self._device)
-        if loaded.adapter_config is not None:
-            weights = AdapterWeights(loaded.adapter_config, loaded.tensors, self.decoder.dtype)
-            self._set_adapter(load.adapter, weights)
+        loaded, adapter = self._open(load.source)
+        for name, tensor in loaded.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise ModelError(f"{name} has values that are not finite", hint="the publisher's training has diverged")
+        if adapter is not None:
+            self._set_adapter(load.adapter, adapter)
             return
         if load.adapter:
             raise ModelError(
                 f"base weights cannot be the adapter {load.adapter!r}", hint="publish a LoRA adapter under that name"
             )
-        self.decoder.replace(loaded.tensors)
+        self.decoder.replace(loaded)
         self._set_adapter("", None)
+
+    def _open(self, source: m.WeightSource) -> tuple[dict[str, torch.Tensor], AdapterWeights | None]:
+        """What a source holds. Whatever is wrong with it is a ModelError: the worker serves on with what it has."""
+        try:
+            loaded = open_source(source, self._device)
+            if loaded.adapter_config is None:
+                return loaded.tensors, None
+            return loaded.tensors, AdapterWeights(loaded.adapter_config, loaded.tensors, self.decoder.dtype)
+        except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RuntimeError) as error:
+            raise ModelError(f"the weights cannot be read: {type(error).__name__}: {error}") from error
 
     def _set_adapter(self, name: str, weights: AdapterWeights | None) -> None:
         self.decoder.set_adapter(name, weights)
@@ -209,6 +221,8 @@ class Runner:
 
     def release(self, release: m.Release) -> m.Acknowledged:
         """Free the device's pages, and the weights' memory if asked. The host tier of pages stays."""
+        if self._graphs is not None:
+            self._graphs.forget()
         self._graphs = None
         self.cache.release()
         if release.weights and self._parked is None:
@@ -221,7 +235,7 @@ class Runner:
         the device has no room for the pages."""
         try:
             self.cache.reclaim()
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:  # torch's allocators raise it, on a GPU the subclass OutOfMemoryError
             self.cache.release()
             return_freed_memory(self._device)
             return m.Acknowledged(error=f"no room for keys and values: {error}")

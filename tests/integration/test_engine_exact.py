@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -161,6 +161,35 @@ def test_sampling_does_not_depend_on_the_path(model_dir: Path, plain: Sampled, p
         assert counters.restored_pages > 0
     if path == "batched":
         assert counters.cached_tokens > counters.prefill_tokens
+
+
+def test_recorded_passes_follow_adapters_that_change(model_dir: Path, tmp_path: Path) -> None:
+    """Loaded, replaced and unloaded between passes that are replayed: what counts is what is live."""
+    engine = LocalEngine(model_dir, kv_tokens=4096)
+    ids = prompts(1)[0]
+    directories = [adapter_directory(tmp_path / str(seed), model_dir, seed, 4) for seed in range(2)]
+    answers = []
+    for version, directory in enumerate([None, *directories, directories[0]]):
+        if directory is not None:
+            engine.load(directory, version)
+        engine.submit(str(version), ids, SamplingParams(temperature=0.0, max_tokens=12))
+        answers.append(engine.run()[str(version)])
+    for directory, answer in zip([None, *directories, directories[0]], answers, strict=True):
+        merged_dir = merged(model_dir, directory, tmp_path / f"{directory.name}-merged") if directory else model_dir
+        model = AutoModelForCausalLM.from_pretrained(merged_dir, dtype=torch.float32)
+        assert_greedy(model, ids, answer.ids, answer.logprobs)
+
+
+def test_weights_that_are_not_numbers_are_refused(model_dir: Path, tmp_path: Path) -> None:
+    engine = LocalEngine(model_dir, kv_tokens=4096)
+    before = checksum(engine.runner.decoder.export())
+    broken = adapter_directory(tmp_path / "broken", model_dir, 0, 4)
+    tensors = load_file(broken / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = torch.nan
+    save_file(tensors, broken / "adapter_model.safetensors")
+    with pytest.raises(RuntimeError, match="not finite"):
+        engine.load(broken, 1)
+    assert checksum(engine.runner.decoder.export()) == before
 
 
 def test_paths_agree_without_batch_invariant_arithmetic(

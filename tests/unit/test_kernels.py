@@ -52,7 +52,15 @@ def test_a_row_of_a_product_has_the_same_bits_in_any_company(dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rank", [1, 3, 8, 16, 40, 600])
+def test_no_rows_are_no_work(dtype: torch.dtype) -> None:
+    assert compiled.linear(torch.empty(0, 32, dtype=dtype), compiled.pack(torch.ones(48, 32, dtype=dtype))).shape == (
+        0,
+        48,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [1, 3, 8, 16, 40, 600, 601])
 def test_low_rank_updates_of_mixed_spans_equal_torch(dtype: torch.dtype, rank: int) -> None:
     generator = torch.Generator().manual_seed(rank)
 
@@ -151,6 +159,30 @@ def test_attention_over_pages_equals_torch(dtype: torch.dtype, heads: int, kv_he
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [64, 48])
+def test_what_stands_beyond_a_row_is_never_touched(dtype: torch.dtype, dim: int) -> None:
+    """A page comes from another sequence as it was, and that may have had weights that were not numbers."""
+    final = [(0, length) for length in (1, 2, 15, 16, 17, 63, 64, 65, 130)]
+    paged = Paged(final, 6, 3, dim, dtype)
+    now = paged.batch(final)
+    qkv = paged.qkv(len(now.ids), 1)
+    clean = paged.run(compiled, [(now, qkv)])[0]
+    allocate = compiled.allocate
+
+    class Dirty:
+        rope_store, attention = compiled.rope_store, compiled.attention
+
+        @staticmethod
+        def allocate(*arguments: object) -> list[object]:
+            caches = allocate(*arguments)
+            for tensor in caches[0]:
+                tensor.fill_(torch.nan)
+            return caches
+
+    assert torch.equal(paged.run(Dirty, [(now, qkv)])[0], clean)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_has_the_same_bits_in_chunks_and_in_any_company(dtype: torch.dtype) -> None:
     final = [(0, 150), (0, 70)]
     paged = Paged(final, 9, 3, 64, dtype)
@@ -216,3 +248,34 @@ def test_sampling_equals_the_reference(dtype: torch.dtype, vocab: int) -> None:
     hot = temperatures > 0
     assert (below - uniforms)[hot].max() < 1e-5
     assert (uniforms - below - exact.exp().gather(1, ids[:, None])[:, 0])[hot].max() < 1e-5
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_sampling_from_what_is_no_distribution_stays_within_the_vocabulary(temperature: float) -> None:
+    logits = torch.full((3, 500), torch.nan)
+    logits[1, :7] = 1.0
+    logits[2] = -torch.inf
+    ids, _ = compiled.log_softmax_sample(
+        logits, torch.full((3,), temperature), torch.full((3,), 0.5, dtype=torch.float64)
+    )
+    assert ((ids >= 0) & (ids < 500)).all()
+
+
+def test_a_recorded_pass_replays_the_same_operations() -> None:
+    """New numbers in the same inputs give what computing them anew gives."""
+    packed = compiled.pack(torch.randn(96, 64))
+    weight = torch.randn(48)
+    x = torch.randn(5, 64)
+
+    def work() -> torch.Tensor:
+        hidden = compiled.silu_mul(compiled.linear(x, packed))
+        return compiled.add_norm(hidden, None, weight, 1e-5)
+
+    with compiled.record() as tape:
+        first = work()
+    assert tape.whole
+    assert torch.equal(first, work())
+    for _ in range(3):
+        x.copy_(torch.randn(5, 64))
+        tape.replay()
+        assert torch.equal(first, work())

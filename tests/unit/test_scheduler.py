@@ -347,6 +347,19 @@ def test_what_a_pass_computes_is_not_copied_in_that_pass() -> None:
     assert engine.scheduler.counters.prefill_tokens == 8
 
 
+@pytest.mark.parametrize("lookahead", [0, 2])
+def test_scoring_what_another_request_prefills(lookahead: int) -> None:
+    """Equal ids in one pass: the score draws no token from them."""
+    engine = Engine(lookahead=lookahead)
+    ids = list(range(11))
+    engine.submit("a", ids)
+    engine.score("s", ids)
+    engine.submit("b", ids)
+    engine.run()
+    engine.verify()
+    engine.verify_no_leak()
+
+
 def test_choices_beyond_the_slots_come_later() -> None:
     engine = Engine(max_batch=3)
     engine.submit("a", [1, 2, 3, 4, 5, 6, 7], n=8)

@@ -50,6 +50,7 @@ def test_plain_text_is_left_as_it_is() -> None:
         '{"name": "add", "arguments": {"a": 1}',
         "{'name': 'add', 'arguments': {}}",
         "[" * 100_000,
+        '{"name": "add", "arguments": {"a": "\\ud83d"}}',
     ],
 )
 def test_malformed_calls_stay_text(inside: str) -> None:

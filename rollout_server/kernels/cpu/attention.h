@@ -23,6 +23,19 @@ typedef struct {
     int64_t visible;        /* positions it sees */
 } ISA(query);
 
+/* One lane of positions, 64 dimensions wide: sum += weight * value for each query. */
+INLINE void ISA(weigh)(f32x16 sum[][4], const uint32_t *value, const uint32_t *weight, uint32_t keep, int count, int bf16) {
+    u32x16 here[4];
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; c++) here[c] = ISA(load_lanes)(value + c * 16) & keep;
+#pragma GCC unroll 8
+    for (int m = 0; m < count; m++) {
+        const u32x16 w = (u32x16){0} + weight[m * BLOCK];
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; c++) sum[m][c] = ISA(dp)(sum[m][c], here[c], w, bf16);
+    }
+}
+
 /* Up to four pages of one kv head that are wanted soon. */
 typedef struct {
     const int32_t *page;
@@ -110,7 +123,12 @@ INLINE void ISA(block)(const attention_args *a, const ISA(query) * queries, cons
         }
         memcpy(state, &sums, 64);
     }
-    const int steps = bf16 ? PAGE / 2 : PAGE;
+    const int pair = bf16 ? 2 : 1, steps = PAGE / pair;
+    int seen[BLOCK_PAGES]; /* positions of each page that the last query, which sees most, sees: the rest may be anything */
+    for (int p = 0; p < BLOCK_PAGES; p++) {
+        const int64_t left = queries[count - 1].visible - start - p * PAGE;
+        seen[p] = left > PAGE ? PAGE : left > 0 ? (int)left : 0;
+    }
     for (int d = 0; d < dim; d += 64) {
         const int wide = dim - d < 64 ? (dim - d) / 16 : 4;
         f32x16 sum[QUERIES][4];
@@ -119,20 +137,16 @@ INLINE void ISA(block)(const attention_args *a, const ISA(query) * queries, cons
             for (int m = 0; m < count; m++)
 #pragma GCC unroll 4
                 for (int c = 0; c < 4; c++) sum[m][c] = ISA(load_f32)(queries[m].state + 32 + d + c * 16);
-            for (int p = 0; p < pages; p++)
-                for (int j = 0; j < steps; j++) {
-                    u32x16 here[4];
-#pragma GCC unroll 4
-                    for (int c = 0; c < 4; c++) here[c] = ISA(load_lanes)(value[p] + j * dim + d + c * 16);
+            for (int p = 0; p < pages; p++) {
+                const int whole = seen[p] / pair;
+                for (int j = 0; j < whole; j++) {
+                    ISA(weigh)(sum, value[p] + j * dim + d, &weight[0][p * steps + j], ~0u, count, bf16);
 #pragma GCC unroll 4
                     for (int c = 0; c < 4; c++) __builtin_prefetch(value_ahead[p] + j * dim + d + c * 16, 0, 3);
-#pragma GCC unroll 8
-                    for (int m = 0; m < count; m++) {
-                        const u32x16 w = (u32x16){0} + weight[m][p * steps + j];
-#pragma GCC unroll 4
-                        for (int c = 0; c < 4; c++) sum[m][c] = ISA(dp)(sum[m][c], here[c], w, bf16);
-                    }
                 }
+                if (seen[p] % pair) /* one position of a lane is beyond what anyone here sees */
+                    ISA(weigh)(sum, value[p] + whole * dim + d, &weight[0][p * steps + whole], 0xffffu, count, bf16);
+            }
 #pragma GCC unroll 8
             for (int m = 0; m < count; m++)
 #pragma GCC unroll 4
@@ -142,8 +156,9 @@ INLINE void ISA(block)(const attention_args *a, const ISA(query) * queries, cons
 #pragma GCC unroll 8
                 for (int m = 0; m < count; m++) sum[m][0] = ISA(load_f32)(queries[m].state + 32 + d + c * 16);
                 for (int p = 0; p < pages; p++)
-                    for (int j = 0; j < steps; j++) {
-                        const u32x16 here = ISA(load_lanes)(value[p] + j * dim + d + c * 16);
+                    for (int j = 0; j < (seen[p] + pair - 1) / pair; j++) {
+                        const uint32_t keep = (j + 1) * pair > seen[p] ? 0xffffu : ~0u;
+                        const u32x16 here = ISA(load_lanes)(value[p] + j * dim + d + c * 16) & keep;
 #pragma GCC unroll 8
                         for (int m = 0; m < count; m++)
                             sum[m][0] = ISA(dp)(sum[m][0], here, (u32x16){0} + weight[m][p * steps + j], bf16);

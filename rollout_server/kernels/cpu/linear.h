@@ -117,6 +117,7 @@ static void ISA(linear_block)(const ISA(linear_args) * a, int64_t row, int64_t r
 static void ISA(linear)(const void *x, const void *packed, const void *bias, void *y, int64_t rows, int64_t lanes,
                         int64_t outputs, int bf16) {
     const ISA(linear_args) a = {x, packed, bias, y, rows, lanes, outputs, 0};
+    if (!rows) return;
     const int64_t units = (outputs + 15) / 16, wide = rows <= 2 ? STREAM_UNITS : TILE_UNITS;
     const int64_t chunk = rows <= 64 ? (rows + 15) / 16 * 8 : 64;
     const int64_t columns = (units + wide - 1) / wide, chunks = (rows + chunk - 1) / chunk;

@@ -29,7 +29,7 @@ INLINE void ISA(sample_row)(const void *logits, int64_t row, int64_t vocab, floa
     }
     int64_t chosen = 0;
     if (cold) {
-        while (scalar(logits, at + chosen, bf16) != top) chosen++;
+        while (chosen + 1 < vocab && !(scalar(logits, at + chosen, bf16) == top)) chosen++;
     } else {
         const double target = uniform * total;
         int64_t span = 0;
@@ -43,7 +43,7 @@ INLINE void ISA(sample_row)(const void *logits, int64_t row, int64_t vocab, floa
             if (sum > target && p > 0) break;
         }
         if (chosen < 0) /* a span of no probability, entered by rounding */
-            for (chosen = 0; scalar(logits, at + chosen, bf16) != top;) chosen++;
+            for (chosen = 0; chosen + 1 < vocab && !(scalar(logits, at + chosen, bf16) == top);) chosen++;
     }
     *id = chosen;
     *logprob = (float)((double)(scalar(logits, at + chosen, bf16) - top) * sharpness - log(total));

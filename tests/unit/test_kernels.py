@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -16,6 +17,15 @@ from rollout_server.models.config import ModelConfig
 
 compiled = native.load()
 pytestmark = pytest.mark.skipif(compiled is None, reason="the C kernels are not built")
+
+
+@pytest.fixture(params=[2, 1, 0], ids=["avx512bf16", "avx2", "portable"], autouse=True, scope="module")
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every body that the dispatcher may choose, on a machine that may have all."""
+    with compiled.at_most(request.param):
+        yield
+
+
 DTYPES = [torch.float32, torch.bfloat16]
 SIZE = native.PAGE_SIZE
 

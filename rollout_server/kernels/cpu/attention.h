@@ -43,7 +43,8 @@ typedef struct {
 } ISA(place);
 
 /* One tile of queries against one block: positions `start` … `start` + 64, as far as there are pages. The first page stands in
- * for those that are missing; its scores are masked there. The pages of `next` are fetched meanwhile. q_lanes: the queries, [lanes, QUERIES]. */
+ * for those that are missing; its scores are masked there. The pages of `next` are fetched meanwhile.
+ * q_lanes: the queries, [lanes, QUERIES]. */
 INLINE void ISA(block)(const attention_args *a, const ISA(query) * queries, const uint32_t *q_lanes, int count,
                        const int32_t *page, int pages, ISA(place) next, int64_t start, int kv_head, int bf16) {
     const int dim = a->dim, lanes = bf16 ? dim / 2 : dim;
@@ -170,8 +171,8 @@ INLINE void ISA(block)(const attention_args *a, const ISA(query) * queries, cons
     }
 }
 
-/* Up to TILES tiles against positions `from` … `to`; `from` is a multiple of the block; after it comes `then`. Queries that see nothing of a block sit it out:
- * they stand first, since later tokens see more. */
+/* Up to TILES tiles against positions `from` … `to`; `from` is a multiple of the block; after it comes `then`.
+ * Queries that see nothing of a block sit it out: they stand first, since later tokens see more. */
 INLINE void ISA(walk)(const attention_args *a, const ISA(query) * queries, int count, const int32_t *table, int64_t from,
                       int64_t to, int kv_head, ISA(place) then, int bf16) {
     const int lanes = bf16 ? a->dim / 2 : a->dim;

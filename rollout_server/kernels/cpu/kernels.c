@@ -92,10 +92,15 @@ typedef struct {
 #include "bodies.h"
 #undef ISA
 
+/* The highest instruction set that may be used: 0 portable, 1 AVX2, 2 AVX-512 BF16. Lowered only to test the others. */
+static int highest = 2;
+
+void lrl_use_at_most(int level) { highest = level; }
+
 #if LRL_DISPATCH
 #define CHOOSE(name, ...)                                                                                 \
-    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw")) name##_avx512bf16(__VA_ARGS__); \
-    else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) name##_avx2(__VA_ARGS__);    \
+    if (highest > 1 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw")) name##_avx512bf16(__VA_ARGS__); \
+    else if (highest > 0 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) name##_avx2(__VA_ARGS__); \
     else name##_portable(__VA_ARGS__)
 #else
 #define CHOOSE(name, ...) name##_portable(__VA_ARGS__)

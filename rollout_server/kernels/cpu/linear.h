@@ -44,7 +44,7 @@ static __attribute__((noinline)) void ISA(store)(const ISA(linear_args) * a, con
         }
 }
 
-/* `ahead`, if any, are the weights needed next: this tile fetches the share of them that starts at lane `from`. */
+/* `ahead` are weights needed next, as many as one unit has: fetched meanwhile where rows are many. */
 INLINE void ISA(tile)(const ISA(linear_args) * a, int64_t row, int64_t unit, const uint32_t *ahead, int bf16, int rows,
                       int units) {
     const int64_t lanes = a->lanes;
@@ -132,7 +132,7 @@ static void ISA(linear)(const void *x, const void *packed, const void *bias, voi
 }
 
 /* y[start:end] += round(round(x down^T) * scale) up^T for spans of rows, each with a low-rank pair of its own.
- * spans: [count, 4] of start, end, rank, outputs' offset (unused); pointers: [count, 2] of packed down and up. */
+ * spans: [count, 3] of start, end, rank; pairs: [count, 2] of packed down and up. */
 static void ISA(add_lora)(void *y, const void *x, const int64_t *spans, const void *const *pairs, const float *scales,
                           int64_t count, int64_t inputs, int64_t outputs, int bf16) {
     const int64_t lane = bf16 ? 2 : 1, size = bf16 ? 2 : 4;

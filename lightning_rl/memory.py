@@ -28,8 +28,8 @@ def keep_freed_memory() -> None:
 def with_huge_pages() -> dict[str, str]:
     """This environment, for a child whose weights and KV cache should lie in huge pages where the kernel gives them on request.
 
-    Streaming weights and jumping between KV pages then miss the address cache less: on a 2-core Zen 5, matrix products of 64
-    rows take a fifth less time. Only read by glibc ≥ 2.35, at the start of a process.
+    Streaming weights and jumping between KV pages then miss the address cache less (docs/results.md: 0 to 15 % of a decode
+    pass, between noisy neighbours). Only read by glibc ≥ 2.35, at the start of a process.
     """
     tunables = [item for item in os.environ.get("GLIBC_TUNABLES", "").split(":") if item]
     if not any(item.startswith("glibc.malloc.hugetlb=") for item in tunables):

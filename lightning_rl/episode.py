@@ -80,6 +80,12 @@ class Call(Struct, frozen=True, kw_only=True):
     """`stop`, `length`, `tool_calls` or `abort`."""
     parent_id: str | None = None
     """The call whose prompt + sampled ids this prompt extends token for token, if the server extended one."""
+    relation: str = "root"
+    """How the server saw the prompt beside the earlier calls of the episode: `root`, `extension`, `fork` (another call has
+    extended the same one, or the same prompt was asked before) or `edit` (history was changed)."""
+    parted_at: int | None = None
+    """For an edit the first prompt token that differs from the nearest earlier call's prompt + sampled ids; for a fork the
+    length of the call that it extends, or of the prompt if that was asked before; None otherwise."""
     span_id: str | None = None
     experts: bytes | None = None
     """MoE only: expert ids, int16 [tokens, layers, top_k]."""

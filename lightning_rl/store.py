@@ -24,6 +24,7 @@ from lightning_rl.errors import StoreError
 from lightning_rl.store_engine import open_engine, store_errors, writing
 from lightning_rl.store_schema import (
     SCHEMA_VERSION,
+    UPGRADES,
     call_of,
     call_row,
     calls,
@@ -181,9 +182,9 @@ class Store:
 
 
 def _prepare(connection: Connection) -> None:
-    """Make the tables of a new file; refuse one that another version of the schema has made."""
+    """Make the tables of a new file, bring those of an older version up to date; refuse a file of a newer version."""
     version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
-    if version not in (0, SCHEMA_VERSION):
+    if not 0 <= version <= SCHEMA_VERSION:
         raise StoreError(
             f"{connection.engine.url.database} has version {version} of the episode store, this is version "
             f"{SCHEMA_VERSION}",
@@ -191,6 +192,11 @@ def _prepare(connection: Connection) -> None:
         )
     if version == 0:
         metadata.create_all(connection)
+    else:
+        for older in range(version, SCHEMA_VERSION):
+            for statement in UPGRADES[older]:
+                connection.exec_driver_sql(statement)
+    if version != SCHEMA_VERSION:
         connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 

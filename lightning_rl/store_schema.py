@@ -17,7 +17,15 @@ from sqlalchemy import Boolean, Column, Float, ForeignKey, Index, Integer, Large
 from lightning_rl.episode import Call, Episode, EpisodeStart, Outcome, Reward, Sampling, Span, Task
 from lightning_rl.errors import StoreError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+UPGRADES = {
+    1: (
+        "ALTER TABLE calls ADD COLUMN relation TEXT NOT NULL DEFAULT 'root'",
+        "ALTER TABLE calls ADD COLUMN parted_at INTEGER",
+    ),
+}
+"""What turns a file of one version into one of the next."""
 
 metadata = MetaData()
 episodes = Table(
@@ -55,6 +63,8 @@ calls = Table(
     Column("temperature", Float, nullable=False),
     Column("finish_reason", Text, nullable=False),
     Column("parent_id", Text),
+    Column("relation", Text, nullable=False),
+    Column("parted_at", Integer),
     Column("span_id", Text),
     Column("experts", LargeBinary),
     Column("cached_tokens", Integer, nullable=False),

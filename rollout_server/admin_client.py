@@ -83,6 +83,10 @@ class AdminClient:
         """Log-probs of all ids but the first of each sequence, under the server's present policy."""
         return list(self._ask("POST", "/score", {"sequences": sequences, "adapter": adapter})["logprobs"])
 
+    def checksums(self) -> dict[str, str]:
+        """Of the live weights: `base`, `adapter/` (the policy's own) and `adapter/<name>`."""
+        return dict(self._ask("GET", "/checksums")["checksums"])
+
     def stats(self, *, check: bool = False) -> dict[str, float]:
         """Counters; `check` has the engine verify its pages and prefix tree first (ServerError if they are broken)."""
         return dict(self._ask("GET", "/stats?check=1" if check else "/stats"))

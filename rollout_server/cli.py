@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lightning_rl.errors import ServerError
+
+if TYPE_CHECKING:
+    from rollout_server.api.limits import Limits
+    from rollout_server.launch import RolloutServer
 
 Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
 
@@ -17,7 +24,8 @@ Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argpar
 def _configure_serve(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Serve a model behind the OpenAI API (/v1/chat/completions with tools and streaming, /v1/completions, "
-        "/v1/models) until Ctrl-C."
+        "/v1/models and others, see docs/api.md) until Ctrl-C or SIGTERM, which let requests under way finish; a second one does "
+        "not."
     )
     add = parser.add_argument
     add(
@@ -67,6 +75,24 @@ def _configure_serve(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=PATH",
         help="LoRA adapter that clients choose as model NAME; may repeat",
     )
+    add("--tool-parser", metavar="NAME", help="how tool calls are read from replies (default: by the chat template)")
+    add("--reasoning-parser", metavar="NAME", help="how reasoning is read from replies (default: by the chat template)")
+    add("--max-queue", type=int, metavar="N", help="requests that may wait; more are refused with status 503")
+    add("--request-timeout", type=float, metavar="SECONDS", help="that a request may take at most")
+    add(
+        "--drain-s",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="that requests under way may take to finish when the server is told to end (%(default)s)",
+    )
+    add(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="web pages from here may call, e.g. https://example.org; may repeat (default: none may)",
+    )
     add("--log-dir", type=Path, help="where the processes log (default: a temporary directory)")
 
 
@@ -107,17 +133,52 @@ def _serve(args: argparse.Namespace) -> int:
         host_kv_dir=args.host_kv_dir,
         batch_invariant=args.batch_invariant,
         adapters=adapters,
+        limits=_limits(args),
+        drain_s=args.drain_s,
+        cors_origins=args.cors_origin,
+        tool_parser=args.tool_parser,
+        reasoning_parser=args.reasoning_parser,
     )
+    signal.signal(signal.SIGTERM, _interrupt)
     print(f"loading {name} ({args.dtype}); logs in {log_dir}", flush=True)
     try:
         with server:
             print(_greeting(server.base_url, name, args.api_key_env), flush=True)
-            while True:
-                time.sleep(1.0)
-                server.check()
+            _watch(server)
     except KeyboardInterrupt:
-        print("\nstopped", flush=True)
-        return 0
+        print("\nended at once", flush=True)
+        return 130
+    print("\nstopped", flush=True)
+    return 0
+
+
+def _watch(server: RolloutServer) -> None:
+    """Until Ctrl-C or SIGTERM. Raises ServerError when nobody can be served any more."""
+    told: set[str] = set()
+    try:
+        while True:
+            time.sleep(1.0)
+            server.check_serving()
+            for name, failure in server.ended().items():
+                if name not in told:
+                    told.add(name)
+                    print(f"lrl: {failure}\nlrl: the other replicas serve on", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        print("\nending; requests under way may finish (once more: at once)", flush=True)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _limits(args: argparse.Namespace) -> Limits:
+    from rollout_server.api.limits import Limits
+
+    given = {"queued_requests": args.max_queue, "request_timeout_s": args.request_timeout}
+    for name, value in given.items():
+        if value is not None and not value > 0:
+            raise ServerError(f"{value} is no limit to serve under", hint=f"give a positive number for {name}")
+    return Limits(**{name: value for name, value in given.items() if value is not None})
 
 
 def _key_from(variable: str | None) -> str | None:

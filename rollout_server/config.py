@@ -10,7 +10,7 @@ from msgspec import Struct
 
 class EngineConfig(Struct, frozen=True, kw_only=True):
     ipc_dir: str
-    """Private directory of the sockets: `web.ipc` and `worker.ipc`, both bound by the manager."""
+    """Private directory of the manager's: its sockets, its worker's pid, weights kept for the worker's restart."""
     model_dir: str
     parent_pid: int
     dtype: str = "float32"
@@ -38,6 +38,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     """Torch threads of the worker; None leaves torch's choice."""
     batch_invariant: bool = False
     """Same seed, same tokens and log-probs bit for bit, whatever else is in the batch. Slower."""
+    worker_log: str | None = None
+    """File that the worker's output is appended to; None: it goes where the manager's goes."""
 
     @property
     def num_pages(self) -> int:

@@ -1,9 +1,9 @@
-"""Starts, watches and ends the rollout server's processes: one web, and a manager and a worker for each replica.
+"""Starts, watches and ends the rollout server's processes: one web, and a manager for each replica, which has a worker.
 
 `with RolloutServer(…) as server:` returns when `/health` is 200, so when the weights are loaded; `server.base_url` is
-what agents get. `check` says which process died, with its last words. No process outlives the one that made the server
-(on Linux even the *thread*: keep it in one that lives on), and Ctrl-C reaches only the parent, which ends the others in
-order.
+what agents get. A worker that dies is started again by its manager; `check` says which other process died, or whose worker
+cannot be kept alive, with its last words. No process outlives the one that made the server (on Linux even the *thread*: keep
+it in one that lives on), and Ctrl-C reaches only the parent, which ends the others in order.
 """
 
 from __future__ import annotations
@@ -22,20 +22,23 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import msgspec
 
 from lightning_rl.errors import ServerError
-from lightning_rl.memory import with_huge_pages
 from rollout_server.admin_client import AdminClient
 from rollout_server.config import EngineConfig
+from rollout_server.manager.worker_process import EPITAPH, PID_FILE
+
+if TYPE_CHECKING:
+    from rollout_server.api.limits import Limits
 
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 6.0
 
 _WEB = "rollout_server.api.process"
-_ENGINE = {"worker": "rollout_server.worker.process", "manager": "rollout_server.manager.process"}
+_MANAGER = "rollout_server.manager.process"
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -44,7 +47,7 @@ class RolloutServer:
 
     `port` 0 takes any free one; `aliases` are globs of model names; `dp` is the number of replicas, on a GPU of its own
     each where there are GPUs; `adapters` are LoRA adapters to begin with: directories by name. Without an `admin_key` one is
-    made up, for `admin()` alone.
+    made up, for `admin()` alone. `limits`, `drain_s`, `cors_origins` and the parsers are `WebConfig`'s.
     """
 
     def __init__(
@@ -74,6 +77,11 @@ class RolloutServer:
         batch_invariant: bool = False,
         dp: int = 1,
         adapters: Mapping[str, Path | str] | None = None,
+        limits: Limits | None = None,
+        drain_s: float = 0.0,
+        cors_origins: Sequence[str] = (),
+        tool_parser: str | None = None,
+        reasoning_parser: str | None = None,
     ) -> None:
         if not _is_loopback(host) and api_key is None:
             raise ServerError(f"refusing to serve on {host} without an API key", hint="give a key, or use 127.0.0.1")
@@ -82,13 +90,20 @@ class RolloutServer:
         self._log_dir = log_dir
         self._host = host
         self._port = port
-        self._web_settings = {
+        self._drain_s = drain_s
+        self._web_settings: dict[str, object] = {
             "served_name": served_name,
             "aliases": list(aliases),
             "store": str(store) if store is not None else None,
             "api_key": api_key,
             "admin_key": self.admin_key,
+            "drain_s": drain_s,
+            "cors_origins": list(cors_origins),
+            "tool_parser": tool_parser,
+            "reasoning_parser": reasoning_parser,
         }
+        if limits is not None:
+            self._web_settings["limits"] = msgspec.to_builtins(limits)
         self._adapters = dict(adapters or {})
         self._directory = Path(tempfile.mkdtemp(prefix="lrl-"))  # mode 0700
         self._engines = [
@@ -109,6 +124,7 @@ class RolloutServer:
                 max_adapters=max_adapters,
                 threads=threads_of_each(threads, dp),
                 batch_invariant=batch_invariant,
+                worker_log=str(self.log_file(_named("worker", number, dp)).resolve()),
             )
             for number, own_device in enumerate(devices)
         ]
@@ -129,28 +145,59 @@ class RolloutServer:
             raise
 
     def close(self) -> None:
-        """Ends the processes in order: web first, so that nobody is cut off without an answer. Idempotent."""
-        for kind in ("web", "manager", "worker"):
-            ending = [self._processes.pop(name) for name in list(self._processes) if name.partition("-")[0] == kind]
-            for process in ending:
-                process.terminate()
-            for process in ending:
-                try:
-                    process.wait(STOP_TIMEOUT_S)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        """Ends the processes in order: web first, so that nobody is cut off without an answer, and managers, which end their
+        workers. Idempotent. An exception on the way (Ctrl-C once more) ends them at once."""
+        try:
+            self._end("web", self._drain_s + STOP_TIMEOUT_S)
+            self._end("manager", STOP_TIMEOUT_S)
+        finally:
+            for process in self._processes.values():
+                process.kill()
+            for process in self._processes.values():
+                process.wait()
+            self._processes.clear()
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _end(self, kind: str, timeout_s: float) -> None:
+        ending = [name for name in self._processes if name.partition("-")[0] == kind]
+        for name in ending:
+            self._processes[name].terminate()
+        for name in ending:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._processes[name].wait(timeout_s)
+                del self._processes[name]
 
     def check(self) -> None:
-        """Raises ServerError if one of the processes has ended."""
-        for name, process in self._processes.items():
-            code = process.poll()
-            if code is not None:
-                raise ServerError(
-                    f"the server's {name} process ended with {_describe(code)}; last words:\n{self._last_words(name)}",
-                    hint=f"the whole log is {self.log_file(name)}",
-                )
+        """Raises ServerError if the web process or a manager has ended."""
+        for failure in self.ended().values():
+            raise failure
+
+    def check_serving(self) -> None:
+        """Raises ServerError if nobody can be served any more: the web process has ended, or every manager."""
+        ended = self.ended()
+        if "web" in ended:
+            raise ended["web"]
+        if len(ended) == len(self._engines):
+            raise next(iter(ended.values()))
+
+    def ended(self) -> dict[str, ServerError]:
+        """What has ended by name, and how."""
+        return {
+            name: self._report(name, code)
+            for name, process in self._processes.items()
+            if (code := process.poll()) is not None
+        }
+
+    def _report(self, name: str, code: int) -> ServerError:
+        how = f"ended with {_describe(code)}"
+        kind, _, number = name.partition("-")
+        epitaph = self._directory / (number or "0") / EPITAPH
+        if kind == "manager" and epitaph.exists():
+            name, how = name.replace("manager", "worker"), epitaph.read_text()
+        return ServerError(
+            f"the server's {name} process {how}; last words:\n{self._last_words(name)}",
+            hint=f"the whole log is {self.log_file(name)}",
+        )
 
     def admin(self) -> AdminClient:
         return AdminClient(self.base_url, self.admin_key, self.check)
@@ -161,7 +208,13 @@ class RolloutServer:
 
     @property
     def pids(self) -> dict[str, int]:
-        return {name: process.pid for name, process in self._processes.items()}
+        """Of all processes; a worker's is that of the present one."""
+        found = {name: process.pid for name, process in self._processes.items()}
+        for number, engine in enumerate(self._engines):
+            file = Path(engine.ipc_dir) / PID_FILE
+            if _named("manager", number, len(self._engines)) in found and file.exists():
+                found[_named("worker", number, len(self._engines))] = int(file.read_text())
+        return found
 
     def __enter__(self) -> Self:
         self.start()
@@ -197,8 +250,7 @@ class RolloutServer:
             if engine.host_kv_dir is not None:
                 Path(engine.host_kv_dir).mkdir(parents=True, exist_ok=True)
             config = _write_private(directory / "config.json", msgspec.to_builtins(engine))
-            for kind, module in _ENGINE.items():
-                self._spawn(kind if len(self._engines) == 1 else f"{kind}-{number}", module, config)
+            self._spawn(_named("manager", number, len(self._engines)), _MANAGER, config)
         first = self._engines[0]
         settings = {
             **self._web_settings,
@@ -213,7 +265,6 @@ class RolloutServer:
 
     def _spawn(self, name: str, module: str, config: Path, *inherited: int) -> None:
         path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
-        inherits = with_huge_pages() if module == _ENGINE["worker"] else os.environ
         with self.log_file(name).open("ab") as log:
             self._processes[name] = subprocess.Popen(
                 [sys.executable, "-m", module, str(config)],
@@ -221,7 +272,7 @@ class RolloutServer:
                 stdout=log,
                 stderr=log,
                 env={
-                    **inherits,
+                    **os.environ,
                     "PYTHONPATH": path,
                     "PYTHONSAFEPATH": "1",
                 },
@@ -238,11 +289,12 @@ class RolloutServer:
                 admin.health(timeout=2.0)
                 return
             time.sleep(0.1)
-        words = "\n".join(f"{name}: {self._last_words(name, 3)}" for name in self._processes)
+        words = "\n".join(f"{name}: {self._last_words(name, 3)}" for name in self.pids)
         raise ServerError(f"the server did not start within {START_TIMEOUT_S:.0f} s; last words:\n{words}")
 
     def _last_words(self, name: str, lines: int = 15) -> str:
-        text = self.log_file(name).read_text(errors="replace")
+        file = self.log_file(name)
+        text = file.read_text(errors="replace") if file.exists() else ""
         return "\n".join(text.splitlines()[-lines:]) or "(none)"
 
 
@@ -272,6 +324,10 @@ def replica_devices(device: str, dp: int) -> list[str]:
             f"{dp} replicas need a GPU each, this machine has {gpus}", hint="fewer replicas, or device cpu"
         )
     return [f"cuda:{number}" for number in range(dp)]
+
+
+def _named(kind: str, number: int, replicas: int) -> str:
+    return kind if replicas == 1 else f"{kind}-{number}"
 
 
 def _write_private(path: Path, settings: object) -> Path:

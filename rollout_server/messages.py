@@ -107,6 +107,10 @@ class Submit(Struct, frozen=True, kw_only=True, tag=True):
     """Lower goes first."""
     adapter: str = ""
     """A loaded adapter's name; empty: the policy itself."""
+    grammar: str = ""
+    """What each choice must fit, as `rollout_server.grammar` takes it; empty: anything."""
+    flow: str = ""
+    """Who asks: the episode, or the client's key or address. Whoever waits is served fairly between flows."""
 
 
 class Score(Struct, frozen=True, kw_only=True, tag=True):
@@ -118,9 +122,11 @@ class Score(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Cancel(Struct, frozen=True, kw_only=True, tag=True):
-    """Forget a request, all its choices, and free its pages. Unknown ids are ignored: it may just have ended."""
+    """Forget a request, or one of its choices, and free its pages. Unknown ids are ignored: it may just have ended."""
 
     request_id: str
+    index: int | None = None
+    """Which of the `n` choices; None: all of them."""
 
 
 class UpdateWeights(Struct, frozen=True, kw_only=True, tag=True):
@@ -217,6 +223,8 @@ class Done(Struct, frozen=True, kw_only=True, tag=True):
 class Stats(Struct, frozen=True, kw_only=True, tag=True):
     request_id: str
     values: dict[str, float]
+    checksums: dict[str, str] = {}
+    """Of the weights that are live: `base`, `adapter/` (the policy's own, if it has one) and `adapter/<name>`."""
 
 
 class Failed(Struct, frozen=True, kw_only=True, tag=True):
@@ -225,7 +233,8 @@ class Failed(Struct, frozen=True, kw_only=True, tag=True):
     request_id: str
     code: str
     """`context_length_exceeded`, `too_large`, `invalid_token_ids`, `invalid_sampling`, `model_not_found` (an adapter that is
-    not loaded), `weights_rejected`, `aborted`, `worker_failed`, `shutting_down`, `integrity`."""
+    not loaded), `invalid_grammar` (it does not compile within its limits), `grammar_failed` (it went wrong on the way, or a
+    mask took too much work), `weights_rejected`, `weights_lost`, `aborted`, `worker_failed`, `shutting_down`, `integrity`."""
     message: str
 
 

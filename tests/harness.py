@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from rollout_server import messages as m
 from rollout_server.config import EngineConfig
+from rollout_server.grammar import Grammars
 from rollout_server.manager.control import Control, ControlQueue
 from rollout_server.manager.scheduler import Scheduler
 from rollout_server.worker.process import build_runner
@@ -42,6 +44,7 @@ class LocalEngine:
             host_pages=self.config.host_pages,
         )
         self.control = ControlQueue(self.scheduler)
+        self.grammars = _grammars(model_dir, self.runner.decoder.config.vocab)
         self.outputs: dict[str, Output] = {}
         """By request id; choices 1, 2, … of a request as `<id>/1`, `<id>/2`, …"""
         self._queued: deque[m.Forward] = deque()
@@ -55,13 +58,16 @@ class LocalEngine:
         n: int = 1,
         adapter: str = "",
         priority: int = 0,
+        flow: str = "",
+        grammar: str = "",
     ) -> None:
         for index in range(n):
             self.outputs[_key(request_id, index)] = Output()
-        self.scheduler.submit(request_id, ids, sampling, priority, n, adapter)
+        masker = self.grammars.matcher(grammar) if grammar else None
+        self.scheduler.submit(request_id, ids, sampling, priority, n, adapter, flow, masker)
 
-    def cancel(self, request_id: str) -> None:
-        self.scheduler.cancel(request_id)
+    def cancel(self, request_id: str, index: int | None = None) -> None:
+        self.scheduler.cancel(request_id, index)
 
     def step(self) -> bool:
         """Plan as far ahead as may be, and run the oldest pass; False when there is nothing to do."""
@@ -97,10 +103,13 @@ class LocalEngine:
             replies = self._tell_worker(message)
         for reply in replies[:-1]:
             assert isinstance(reply, m.Failed)
-            for key, output in self.outputs.items():
-                if key == reply.request_id or key.startswith(f"{reply.request_id}/"):
-                    output.failed = reply.code
+            self._fail(reply)
         return replies[-1]
+
+    def _fail(self, failed: m.Failed) -> None:
+        for key, output in self.outputs.items():
+            if key == failed.request_id or key.startswith(f"{failed.request_id}/"):
+                output.failed = failed.code
 
     def _tell_worker(self, message: m.ToWorker) -> list[m.FromManager]:
         match message:
@@ -121,8 +130,11 @@ class LocalEngine:
         self._take(self.scheduler.apply(self.runner.execute(self._queued.popleft())))
         return True
 
-    def _take(self, replies: Sequence[m.Tokens | m.Scored]) -> None:
+    def _take(self, replies: Sequence[m.Tokens | m.Scored | m.Failed]) -> None:
         for reply in replies:
+            if isinstance(reply, m.Failed):
+                self._fail(reply)
+                continue
             if isinstance(reply, m.Scored):
                 output = self.outputs[reply.request_id]
                 output.scores, output.finish_reason = reply.logprobs, "stop"
@@ -133,6 +145,11 @@ class LocalEngine:
             output.versions += reply.versions
             output.top_logprobs += reply.top_logprobs
             output.finish_reason = reply.finish_reason
+
+
+@cache
+def _grammars(model_dir: Path, vocab_size: int) -> Grammars:
+    return Grammars(model_dir, vocab_size)  # a second's work, and the same for every engine
 
 
 def _key(request_id: str, index: int) -> str:

@@ -3,7 +3,8 @@
 `POST /update_weights {path | source, version, adapter?, running?, expected_checksum?}` → `{version, checksum}`;
 `/v1/load_lora_adapter {lora_name, lora_path, load_inplace?, version?}`, `/v1/unload_lora_adapter {lora_name}` (vLLM's
 names); `/pause {mode?}`, `/resume`, `/sleep {level?}`, `/wake_up`; `/score {sequences: [[ids]], adapter?}` →
-`{logprobs, version}`, one log-prob for every id but the first of each sequence; `GET /stats?check=1`.
+`{logprobs, version}`, one log-prob for every id but the first of each sequence; `GET /checksums`, of the live weights;
+`GET /stats?check=1`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ T = TypeVar("T")
 
 
 Version = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+TokenNumber = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 
 
 class UpdateBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -38,10 +40,14 @@ class UpdateBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The publisher's own; another one live is error `checksum_mismatch`."""
 
     def where(self) -> m.WeightSource:
-        """Raises ApiError unless there is exactly one."""
+        """Raises ApiError unless there is exactly one, and the engine can be told of it."""
         if self.path is not None and self.source is None:
             return m.Directory(path=self.path)
         if self.source is not None and self.path is None:
+            try:
+                msgspec.msgpack.encode(self.source)
+            except OverflowError as error:
+                raise ApiError(400, "a number has more than 64 bits", param="source", code="invalid_value") from error
             return self.source
         raise ApiError(400, "give either path or source", param="source", code="invalid_value")
 
@@ -72,7 +78,7 @@ class EmptyBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ScoreBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    sequences: list[list[int]]
+    sequences: list[list[TokenNumber]]
     adapter: str = ""
 
 
@@ -151,6 +157,10 @@ async def stats(services: Services, http: Request) -> Response:
     if check not in ("0", "1"):
         raise ApiError(400, f"check is 0 or 1, not {check!r}", param="check", code="invalid_value")
     return json_response(await services.engine.stats(check=check == "1"))
+
+
+async def checksums(services: Services, http: Request) -> Response:
+    return json_response({"checksums": await services.engine.checksums()})
 
 
 def _check_name(services: Services, name: str) -> None:

@@ -1,50 +1,62 @@
-"""The web application: routes, keys, and every error in OpenAI's shape.
+"""The web application: services, and an endpoint for every path of the table of routes.
 
-`/v1/…` serves anybody; `/e/<episode>/v1/…` serves an agent's episode and records it. With an API key set, both need it
-as a bearer token; the trainer's routes need the admin key always. `/health` is open and answers 200 only if the engine
-does.
+`/v1/…` serves anybody; `/e/<episode>/v1/…` serves an agent's episode and records it. With an API key set, both need it; the
+trainer's routes need the admin key always. `/health` is open and answers 200 only if the engine can serve.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hmac
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TypeVar
 
-from fastapi import FastAPI
-from starlette.exceptions import HTTPException
+from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route as WebRoute
 
-from lightning_rl.errors import LightningError
+from lightning_rl.errors import ServerError
 from lightning_rl.store import Store
-from rollout_server.api import admin
-from rollout_server.api.chat import chat_completions
-from rollout_server.api.completions import completions
+from rollout_server.api.access import Access, Keys, Origins
 from rollout_server.api.config import WebConfig
 from rollout_server.api.conversation import ConversationIndex
+from rollout_server.api.dialects.response_store import ResponseStore
+from rollout_server.api.endpoint import Bodies, Endpoint, Handler, House, Shape
 from rollout_server.api.engine_client import EngineClient
-from rollout_server.api.errors import ApiError, EngineError
-from rollout_server.api.exchange import ClientGone, Services
+from rollout_server.api.errors import ApiError
+from rollout_server.api.exchange import Services
+from rollout_server.api.limits import Admission
+from rollout_server.api.metrics import Metrics
+from rollout_server.api.openapi import describing
+from rollout_server.api.reasoning import REASONING_FORMATS, ReasoningFormat, detect_reasoning
 from rollout_server.api.recorder import Recorder
 from rollout_server.api.render import Renderer
 from rollout_server.api.replicas import Replicas
-from rollout_server.api.wire import as_api_error, json_response
+from rollout_server.api.routes import ROUTES, Route
+from rollout_server.api.text_size import TextSize
+from rollout_server.api.tool_formats import FORMATS, ToolFormat, detect
+from rollout_server.grammar import Grammars
 
-HEALTH_TIMEOUT_S = 5.0
-
-Handler = Callable[[Request], Awaitable[Response]]
+T = TypeVar("T")
 
 
-def build_app(config: WebConfig) -> FastAPI:
+def build_app(config: WebConfig) -> Starlette:
     services = _services(config)
+    house = House(
+        services=services,
+        limits=config.limits,
+        metrics=services.metrics,
+        keys=Keys(config.api_key, config.admin_key),
+        origins=Origins(config.cors_origins),
+        bodies=Bodies(config.limits),
+    )
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
         services.engine.start()
+        services.grammars.warm()
         yield
         services.engine.hang_up()
         await asyncio.gather(*services.tasks, return_exceptions=True)  # they still record what was sampled
@@ -52,115 +64,71 @@ def build_app(config: WebConfig) -> FastAPI:
         if services.recorder is not None:
             services.recorder.close()
 
-    app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
+    app = Starlette(lifespan=lifespan, routes=_web_routes(house, [*ROUTES, describing(ROUTES)]))
+    app.router.redirect_slashes = False
+    app.router.default = Endpoint(house, "unknown", dict.fromkeys(_METHODS, ("open", _unknown)))
     app.state.services = services
-    _add_errors(app)
-    _add_dialects(app, services)
-    _add_trainer_routes(app, services)
     return app
 
 
 def _services(config: WebConfig) -> Services:
     renderer = Renderer(Path(config.model_dir))
+    engine = Replicas(
+        [EngineClient(Path(directory)) for directory in config.ipc_dirs], config.kv_tokens + config.host_kv_tokens
+    )
+    admission = Admission(config.limits)
     return Services(
         config=config,
         context_limit=config.context_limit(),
         vocab_size=config.vocab_size(),
-        engine=Replicas(
-            [EngineClient(Path(directory)) for directory in config.ipc_dirs], config.kv_tokens + config.host_kv_tokens
-        ),
+        engine=engine,
         renderer=renderer,
         conversations=ConversationIndex(renderer),
         recorder=Recorder(Store.open(config.store)) if config.store is not None else None,
+        tool_format=_tool_format(config, renderer),
+        reasoning=_reasoning(config, renderer),
+        grammars=Grammars(Path(config.model_dir), config.vocab_size()),
+        responses=ResponseStore(),
+        admission=admission,
+        metrics=Metrics(config.served_name, admission, engine.stats),
+        text_size=TextSize(renderer.tokenizer, config.context_limit()),
     )
 
 
-def _add_dialects(app: FastAPI, services: Services) -> None:
-    created = int(time.time())
-
-    async def chat_route(http: Request) -> Response:
-        return await chat_completions(services, http, http.path_params.get("episode"))
-
-    async def completions_route(http: Request) -> Response:
-        return await completions(services, http, http.path_params.get("episode"))
-
-    async def models_route(http: Request) -> Response:
-        served = services.config.served_name
-        common = {
-            "object": "model",
-            "created": created,
-            "owned_by": "lightning-rl",
-            "max_model_len": services.context_limit,
-        }
-        adapters = [{"id": name, **common, "parent": served} for name in services.engine.adapters]
-        return json_response({"object": "list", "data": [{"id": served, **common, "parent": None}, *adapters]})
-
-    async def health(http: Request) -> Response:
-        try:
-            await asyncio.wait_for(services.engine.stats(), HEALTH_TIMEOUT_S)
-        except TimeoutError as error:
-            raise ApiError(503, "the engine does not answer yet", code="engine_unavailable") from error
-        return json_response({"status": "ok"})
-
-    key = services.config.api_key
-    for prefix in ("/v1", "/e/{episode}/v1"):
-        app.add_route(f"{prefix}/chat/completions", _guarded(chat_route, key), methods=["POST"])
-        app.add_route(f"{prefix}/completions", _guarded(completions_route, key), methods=["POST"])
-        app.add_route(f"{prefix}/models", _guarded(models_route, key), methods=["GET"])
-    app.add_route("/health", health, methods=["GET"])
+def _tool_format(config: WebConfig, renderer: Renderer) -> ToolFormat:
+    if config.tool_parser is None:
+        return detect(renderer.template)
+    return _named(FORMATS, config.tool_parser, "tool parser")
 
 
-def _add_trainer_routes(app: FastAPI, services: Services) -> None:
-    def bound(work: Callable[[Services, Request], Awaitable[Response]]) -> Handler:
-        async def route(http: Request) -> Response:
-            return await work(services, http)
-
-        return _guarded(route, services.config.admin_key)
-
-    for path, work in (
-        ("/update_weights", admin.update_weights),
-        ("/v1/load_lora_adapter", admin.load_adapter),
-        ("/v1/unload_lora_adapter", admin.unload_adapter),
-        ("/pause", admin.pause),
-        ("/resume", admin.resume),
-        ("/sleep", admin.sleep),
-        ("/wake_up", admin.wake_up),
-        ("/score", admin.score),
-    ):
-        app.add_route(path, bound(work), methods=["POST"])
-    app.add_route("/stats", bound(admin.stats), methods=["GET"])
+def _reasoning(config: WebConfig, renderer: Renderer) -> ReasoningFormat | None:
+    if config.reasoning_parser is None:
+        return detect_reasoning(renderer.template)
+    return _named(REASONING_FORMATS, config.reasoning_parser, "reasoning parser")
 
 
-def _guarded(handler: Handler, key: str | None) -> Handler:
-    if key is None:
-        return handler
-    expected = f"Bearer {key}".encode()
-
-    async def checked(http: Request) -> Response:
-        given = http.headers.get("authorization", "").encode()
-        if not hmac.compare_digest(given, expected):
-            raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
-        return await handler(http)
-
-    return checked
+def _named(known: Mapping[str, T], name: str, what: str) -> T:
+    if name not in known:
+        raise ServerError(f"there is no {what} {name!r}", hint=f"there are {', '.join(known)}")
+    return known[name]
 
 
-def _add_errors(app: FastAPI) -> None:
-    async def deliberate(http: Request, error: Exception) -> Response:
-        told = as_api_error(error)
-        return json_response(told.body(), told.status)
+_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
 
-    async def routing(http: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        told = ApiError(error.status_code, f"{http.method} {http.url.path}: {error.detail}", code="unknown_route")
-        return json_response(told.body(), told.status)
 
-    async def gone(http: Request, error: Exception) -> Response:
-        return Response(status_code=499)
+async def _unknown(services: Services, http: Request, episode_id: str | None) -> Response:
+    raise ApiError(404, f"there is nothing at {http.url.path[:200]}", code="unknown_route")
 
-    app.add_exception_handler(ApiError, deliberate)
-    app.add_exception_handler(EngineError, deliberate)
-    app.add_exception_handler(LightningError, deliberate)
-    app.add_exception_handler(HTTPException, routing)
-    app.add_exception_handler(ClientGone, gone)
-    app.add_exception_handler(Exception, deliberate)
+
+def _web_routes(house: House, routes: Iterable[Route]) -> list[WebRoute]:
+    """One endpoint for every path, whatever its methods."""
+    handlers: dict[str, dict[str, tuple[Access, Handler]]] = {}
+    shapes: dict[str, Shape] = {}
+    for route in routes:
+        for path in [route.path, *([f"/e/{{episode}}{route.path}"] if route.recorded else [])]:
+            handlers.setdefault(path, {})[route.method] = (route.access, route.handler)
+            shapes[path] = route.shape
+    return [
+        WebRoute(path, Endpoint(house, path, handlers[path], shapes[path]), include_in_schema=False)
+        for path in handlers
+    ]

@@ -7,7 +7,7 @@ ahead. When nobody reads along and no stop string is asked for, the choice sleep
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer
@@ -34,6 +34,8 @@ class Choice:
     sampling: m.SamplingParams
     stops: Sequence[str] = ()
     inclusive_stops: Sequence[str] = ()
+    shown: Collection[int] = ()
+    """Special tokens that have a text."""
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
@@ -42,10 +44,12 @@ class Choice:
     cached_tokens: int = 0
     finish_reason: str | None = None
     """`stop` or `length`; `abort` when the client went away or the engine failed."""
+    stop: str | None = None
+    """The stop string that ended it."""
 
     async def run(self, stream: Stream, tokenizer: Tokenizer, on_piece: Callable[[Piece], None] | None = None) -> None:
         """Read the stream to the end. Cancelling the task closes it; what was sampled until then stays in `ids`."""
-        decoder = Detokenizer(tokenizer)
+        decoder = Detokenizer(tokenizer, self.shown)
         finder = StopFinder(self.stops, self.inclusive_stops)
         reads_along = on_piece is not None or bool(self.stops or self.inclusive_stops)
         with stream:
@@ -75,8 +79,8 @@ class Choice:
             if tokens.top_logprobs:
                 self.top_logprobs.append(tokens.top_logprobs[at])
             text += finder.feed(decoder.feed(token_id))
-            if finder.found:
-                self.finish_reason = "stop"
+            if finder.found is not None:
+                self.finish_reason, self.stop = "stop", finder.found
                 break
         else:
             self.finish_reason = tokens.finish_reason

@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from rollout_server.api.errors import ApiError
+from rollout_server.api.limits import Limits
 
 
 class WebConfig(Struct, frozen=True, kw_only=True):
@@ -33,6 +34,15 @@ class WebConfig(Struct, frozen=True, kw_only=True):
     """Globs of other model names that clients may use."""
     store: str | None = None
     """Path or URL of the episode store; None serves no episodes."""
+    limits: Limits = Limits()
+    drain_s: float = 0.0
+    """Seconds that requests under way may take to finish when the server is told to end."""
+    cors_origins: list[str] = []
+    """Origins of web pages that may call, as `https://example.org`; none may by default."""
+    tool_parser: str | None = None
+    """How calls are read from replies, a name of `tool_formats.FORMATS`; None: what the chat template shows."""
+    reasoning_parser: str | None = None
+    """How reasoning is read from replies, a name of `reasoning.REASONING_FORMATS`; None: what the chat template shows."""
 
     def check_model(self, name: str, adapters: Iterable[str] = ()) -> None:
         """Raises ApiError unless clients may call the policy by this name. `adapters` are the names served beside it."""

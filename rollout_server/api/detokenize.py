@@ -7,24 +7,37 @@ log-probs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
 
 from tokenizers import Tokenizer
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
+_PATIENCE = 32
+"""Tokens that may wait for the rest of a character: after so many it is none."""
 
 
 class Detokenizer:
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    """Special tokens have no text, those in `shown` excepted."""
+
+    def __init__(self, tokenizer: Tokenizer, shown: Collection[int] = ()) -> None:
         self._tokenizer = tokenizer
+        self._shown = shown
         self._ids: list[int] = []  # the last emitted token and what came since
         self._emitted = ""  # the text of the part of _ids that was emitted
 
     def feed(self, token_id: int) -> str:
+        if token_id in self._shown:
+            held = self.finish()
+            self._ids, self._emitted = [], ""
+            return held + self._tokenizer.decode([token_id], skip_special_tokens=False)
         self._ids.append(token_id)
         text = self._decode()
-        if text.endswith(_BROKEN) or not text.startswith(self._emitted):
+        if text == self._emitted:  # it has no text
+            self._ids.pop()
+            return ""
+        whole = not text.endswith(_BROKEN) and text.startswith(self._emitted)
+        if not whole and len(self._ids) < _PATIENCE:
             return ""
         new = text[len(self._emitted) :]
         if new:
@@ -49,16 +62,16 @@ class StopFinder:
     def __init__(self, stops: Sequence[str], inclusive: Sequence[str] = ()) -> None:
         self._stops = [(stop, 0) for stop in stops] + [(stop, len(stop)) for stop in inclusive]
         self._held = ""
-        self.found = False
+        self.found: str | None = None
+        """The stop that was completed first."""
 
     def feed(self, text: str) -> str:
         if not self._stops:
             return text
         self._held += text
-        hits = [(at, at + keep) for stop, keep in self._stops if (at := self._held.find(stop)) >= 0]
+        hits = [(at, at + keep, stop) for stop, keep in self._stops if (at := self._held.find(stop)) >= 0]
         if hits:
-            self.found = True
-            _, cut = min(hits)
+            _, cut, self.found = min(hits)
             rest, self._held = self._held[:cut], ""
             return rest
         cut = len(self._held) - max(_overlap(self._held, stop) for stop, _ in self._stops)

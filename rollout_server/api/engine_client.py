@@ -1,9 +1,9 @@
 """The web process's end of the line to one manager: typed messages over a ZeroMQ PAIR socket, inside asyncio.
 
 The client connects, the manager binds. `submit` opens a request with a stream for each of its `n` choices; leaving a
-stream's `with` block closes it, and leaving the generation's closes all. Once every stream is closed, what the engine
-has not finished is cancelled (a stop string was found, a client went away). When the line breaks, everything that waits
-fails with `engine_unavailable` instead of waiting for ever. Single-threaded: use it from one event loop.
+stream's `with` block closes it, and leaving the generation's closes all. A choice that the engine has not finished when its
+stream is closed is cancelled there (a stop string was found, a client went away). When the line breaks, everything that
+waits fails with `engine_unavailable` instead of waiting for ever. Single-threaded: use it from one event loop.
 
     client = EngineClient(ipc_dir)          # the directory of the manager's web.ipc
     client.start()                          # inside the running event loop
@@ -34,7 +34,7 @@ Question = m.Score | m.UpdateWeights | m.UnloadAdapter | m.Pause | m.Resume | m.
 class Stream:
     """One choice of a request. Tokens that arrive between two reads come merged into one message."""
 
-    def __init__(self, closed: Callable[[], None]) -> None:
+    def __init__(self, closed: Callable[[Stream], None]) -> None:
         self._closed = closed
         self._arrived: list[m.Tokens] = []
         self._failure: EngineError | None = None
@@ -78,9 +78,10 @@ class Stream:
             self._waiter.set_result(None)
 
     def close(self) -> None:
-        """Nobody will read on; what has arrived can still be taken."""
-        self.open = False
-        self._closed()
+        """Nobody will read on; what has arrived can still be taken. Idempotent."""
+        if self.open:
+            self.open = False
+            self._closed(self)
 
     def _ready(self, to_end: bool) -> bool:
         return self._failure is not None or (self.finished if to_end else bool(self._arrived))
@@ -95,13 +96,18 @@ class Stream:
 
 
 class Generation:
-    """One running request and the streams of its choices. `ended` is called once, however it ends."""
+    """One running request and the streams of its choices. `ended` is called once, however it ends; `cancel` with one choice
+    that nobody reads any more, or with None when that is so of all that were left."""
 
-    def __init__(self, request_id: str, n: int, cancel: Callable[[str], None], ended: Callable[[], None]) -> None:
+    def __init__(
+        self, request_id: str, n: int, cancel: Callable[[str, int | None], None], ended: Callable[[], None]
+    ) -> None:
         self.request_id = request_id
-        self.streams = [Stream(self._cancel_if_deserted) for _ in range(n)]
+        self.streams = [Stream(self._deserted) for _ in range(n)]
         self._cancel = cancel
         self._ended: Callable[[], None] | None = ended
+        self.heard: Callable[[m.Tokens], None] | None = None
+        """Told of every message as it comes, whoever reads it when."""
 
     @property
     def ended(self) -> bool:
@@ -119,18 +125,31 @@ class Generation:
                     stream.deliver(message)
             self._end()
             return
+        if self.heard is not None:
+            self.heard(message)
         self.streams[message.index].deliver(message)
-        if message.finish_reason is not None and all(stream.finished for stream in self.streams):
+        if message.finish_reason is not None and not self._awaited():
             self._end()
 
     def close(self) -> None:
         for stream in self.streams:
-            stream.close()
-
-    def _cancel_if_deserted(self) -> None:
-        if not self.ended and not any(stream.open and not stream.finished for stream in self.streams):
-            self._cancel(self.request_id)
+            stream.open = False
+        if not self.ended:
+            self._cancel(self.request_id, None)
             self._end()
+
+    def _deserted(self, stream: Stream) -> None:
+        if self.ended or stream.finished:
+            return
+        if self._awaited():
+            self._cancel(self.request_id, self.streams.index(stream))
+        else:
+            self._cancel(self.request_id, None)
+            self._end()
+
+    def _awaited(self) -> bool:
+        """Whether somebody waits for more of it."""
+        return any(stream.open and not stream.finished for stream in self.streams)
 
     def _end(self) -> None:
         if self._ended is not None:
@@ -170,6 +189,8 @@ class EngineClient:
         self._generations: dict[str, Generation] = {}
         self._replies: dict[str, asyncio.Future[m.FromManager]] = {}
         self._ending: EngineError | None = None
+        self.weights_lost = False
+        """It has refused a request because it lost the weights, and has not had new ones since."""
 
     def start(self) -> None:
         """Connect; the manager may come later. Call inside the running event loop."""
@@ -185,6 +206,11 @@ class EngineClient:
         self._loop.add_reader(self._monitor.FD, self._drain_monitor)
         self._drain()  # ZeroMQ announces messages only to a reader that found nothing before
         self._drain_monitor()
+
+    @property
+    def down(self) -> EngineError | None:
+        """Why nothing can be asked any more; None while the line stands, or is awaited."""
+        return self._ending
 
     def hang_up(self) -> None:
         """Fail whatever waits and whatever comes: the server is about to end."""
@@ -207,11 +233,13 @@ class EngineClient:
         n: int = 1,
         adapter: str = "",
         priority: int = 0,
+        grammar: str = "",
+        flow: str = "",
         ended: Callable[[], None] = lambda: None,
     ) -> Generation:
-        """`n` choices of one prompt, which is computed once; choice i is drawn with (seed, i, t).
+        """`n` choices of one prompt, which is computed once; choice i is drawn with (seed, i, t). See `messages.Submit`.
 
-        Raises EngineError when the server is about to end.
+        Raises EngineError when the server is about to end, or the line is broken.
         """
         request_id = self._new_id()
         generation = Generation(request_id, n, self.cancel, ended)
@@ -223,14 +251,20 @@ class EngineClient:
                 n=n,
                 priority=priority,
                 adapter=adapter,
+                grammar=grammar,
+                flow=flow,
             )
         )
         self._generations[request_id] = generation
         return generation
 
-    def cancel(self, request_id: str) -> None:
-        if self._generations.pop(request_id, None) is not None and self._ending is None:
-            self._send(m.Cancel(request_id=request_id))
+    def cancel(self, request_id: str, index: int | None = None) -> None:
+        """One choice of a request, or all of it."""
+        known = request_id in self._generations
+        if index is None:
+            self._generations.pop(request_id, None)
+        if known and self._ending is None:
+            self._send(m.Cancel(request_id=request_id, index=index))
 
     async def score(self, ids: list[int], adapter: str = "") -> m.Scored:
         return await self._ask(m.Score(request_id=self._new_id(), ids=ids, adapter=adapter), m.Scored)
@@ -239,12 +273,12 @@ class EngineClient:
         self, source: m.WeightSource, version: int, *, adapter: str = "", running: m.Running = "reprefill"
     ) -> m.Updated:
         """Raises EngineError `weights_rejected`; the old weights are whole and live then."""
-        return await self._ask(
-            m.UpdateWeights(
-                request_id=self._new_id(), source=source, version=version, adapter=adapter, running=running
-            ),
-            m.Updated,
+        update = m.UpdateWeights(
+            request_id=self._new_id(), source=source, version=version, adapter=adapter, running=running
         )
+        updated = await self._ask(update, m.Updated)
+        self.weights_lost = False
+        return updated
 
     async def unload_adapter(self, adapter: str) -> None:
         await self._ask(m.UnloadAdapter(request_id=self._new_id(), adapter=adapter), m.Done)
@@ -260,6 +294,10 @@ class EngineClient:
 
     async def wake(self) -> None:
         await self._ask(m.Wake(request_id=self._new_id()), m.Done)
+
+    async def checksums(self) -> dict[str, str]:
+        """Of the live weights, as `messages.Stats` has them."""
+        return (await self._ask(m.GetStats(request_id=self._new_id()), m.Stats)).checksums
 
     async def stats(self, *, check: bool = False) -> dict[str, float]:
         """Counters; `check` verifies pages and tree first (EngineError `integrity`)."""
@@ -296,6 +334,7 @@ class EngineClient:
     def _dispatch(self, message: m.FromManager) -> None:
         key = message.request_id
         answer = EngineError(message.code, message.message) if isinstance(message, m.Failed) else message
+        self.weights_lost |= isinstance(answer, EngineError) and answer.code == "weights_lost"
         generation = self._generations.get(key)
         if generation is not None and isinstance(answer, m.Tokens | EngineError):
             generation.deliver(answer)

@@ -9,14 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-_TYPES = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    404: "invalid_request_error",
-    405: "invalid_request_error",
-    409: "invalid_request_error",
-    413: "invalid_request_error",
-}
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 _ENGINE_STATUS = {
     "context_length_exceeded": 400,
@@ -28,22 +21,38 @@ _ENGINE_STATUS = {
     "checksum_mismatch": 409,
     "replicas_disagree": 500,
     "integrity": 500,
+    "invalid_grammar": 400,
+    "grammar_failed": 400,
+    "weights_lost": 503,
     "aborted": 503,
     "worker_failed": 503,
     "engine_unavailable": 503,
     "shutting_down": 503,
 }
 
+ENGINE_RETRY_AFTER_S = 5
+"""About what a worker takes to be there again."""
+
 
 class ApiError(Exception):
-    """A request that is answered with an error. `param` names the field at fault, `code` is for programs."""
+    """A request that is answered with an error. `param` names the field at fault, `code` is for programs; after `retry_after`
+    seconds it may be asked again."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.param = param
         self.code = code
+        self.retry_after = retry_after
 
     def body(self) -> dict[str, Any]:
         kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
@@ -60,4 +69,6 @@ class EngineError(Exception):
         self.message = message
 
     def to_api(self) -> ApiError:
-        return ApiError(_ENGINE_STATUS.get(self.code, 500), self.message, code=self.code)
+        status = _ENGINE_STATUS.get(self.code, 500)
+        retry_after = ENGINE_RETRY_AFTER_S if status == 503 else None
+        return ApiError(status, self.message, code=self.code, retry_after=retry_after)

@@ -11,8 +11,9 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -21,15 +22,22 @@ from lightning_rl.episode import Call, Sampling, Span
 from rollout_server.api.choice import Choice, Piece
 from rollout_server.api.config import WebConfig
 from rollout_server.api.conversation import ConversationIndex, Prompt
+from rollout_server.api.dialects.response_store import ResponseStore
 from rollout_server.api.engine_client import Generation, Stream
 from rollout_server.api.errors import ApiError
+from rollout_server.api.limits import Admission
+from rollout_server.api.metrics import Clock, Metrics
+from rollout_server.api.reasoning import ReasoningFormat
 from rollout_server.api.recorder import EpisodeLog, Recorder
 from rollout_server.api.render import Renderer
 from rollout_server.api.replicas import Replicas
-from rollout_server.api.requests import ChatRequest, CompletionRequest
 from rollout_server.api.sampling import prompt_seeds, sampling_params
-from rollout_server.api.tool_prompt import Message
-from rollout_server.messages import SamplingParams
+from rollout_server.api.text_size import TextSize
+from rollout_server.api.tool_formats import ToolFormat
+from rollout_server.api.turn import Message, SamplingOptions
+from rollout_server.api.visit import visit
+from rollout_server.grammar import Grammars
+from rollout_server.messages import SamplingParams, Tokens
 
 T = TypeVar("T")
 
@@ -49,7 +57,25 @@ class Services:
     renderer: Renderer
     conversations: ConversationIndex
     recorder: Recorder | None
+    tool_format: ToolFormat
+    reasoning: ReasoningFormat | None
+    grammars: Grammars
+    responses: ResponseStore
+    admission: Admission
+    metrics: Metrics
+    text_size: TextSize
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    @cached_property
+    def special_ids(self) -> Mapping[str, int]:
+        """The tokenizer's special tokens by their texts."""
+        added = self.renderer.tokenizer.get_added_tokens_decoder()
+        return {token.content: token_id for token_id, token in added.items() if token.special}
+
+    def shown_ids(self, *, tools: bool) -> frozenset[int]:
+        """Special tokens that whoever reads a reply must see in its text: those of reasoning, and with `tools` of calls."""
+        texts = (*(self.reasoning.special if self.reasoning else ()), *(self.tool_format.special if tools else ()))
+        return frozenset(self.special_ids[text] for text in texts if text in self.special_ids)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -72,6 +98,18 @@ class Services:
         return await self.recorder.episode(episode_id)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How the text of a choice is read."""
+
+    grammar: str = ""
+    """What the reply must fit (`rollout_server.grammar`); empty: anything."""
+    inclusive_stops: Sequence[str] = ()
+    """Texts that end a reply and stay in it."""
+    shown: Collection[int] = ()
+    """Special tokens that have a text."""
+
+
 @dataclass
 class Sampled:
     """One prompt with all its choices, as the engine is asked for it: when the first choice is read."""
@@ -82,14 +120,25 @@ class Sampled:
     n: int
     adapter: str
     priority: int
+    grammar: str
+    flow: str
+    heard: Callable[[Tokens], None] | None = None
+    """Told of everything that the engine says of it, as it comes."""
     _generation: Generation | None = None
 
     def stream(self, number: int) -> Stream:
         """Of choice `number`. Raises EngineError when the server is about to end."""
         if self._generation is None:
             self._generation = self.engine.submit(
-                self.prompt_ids, self.sampling, n=self.n, adapter=self.adapter, priority=self.priority
+                self.prompt_ids,
+                self.sampling,
+                n=self.n,
+                adapter=self.adapter,
+                priority=self.priority,
+                grammar=self.grammar,
+                flow=self.flow,
             )
+            self._generation.heard = self.heard
         return self._generation.streams[number]
 
     def close(self) -> None:
@@ -107,33 +156,43 @@ class Plan:
     """Which of its prompt's choices it is."""
     call_id: str
     call_index: int
-    parent_id: str | None
+    prompt: Prompt
     choice: Choice
 
 
+Event = tuple[Plan, Piece | None]
+"""A piece of a choice; None for one that is finished and durable."""
+
+
 class Exchange:
-    """`respond` makes a finished choice's message, as the client gets it."""
+    """`respond` makes a finished choice's message, as it is recorded."""
 
     def __init__(
         self,
         services: Services,
+        http: Request,
         log: EpisodeLog | None,
-        request: ChatRequest | CompletionRequest,
-        body: dict[str, Any],
+        model: str,
+        sampling: SamplingOptions,
+        body: Mapping[str, Any],
         respond: Callable[[Plan], Message],
     ) -> None:
-        """Raises ApiError when the request's model is not served here."""
+        """Raises ApiError when the model is not served here."""
         self.services = services
-        self.request = request
-        self.adapter = services.adapter(request.model)
+        self.http = http
+        self.sampling = sampling
+        self.adapter = services.adapter(model)
         self._log = log
-        self._body = body
+        self._body = dict(body)
         self._respond = respond
         self._spans: list[Span] = []
         self._started_at = time.time()
         self.id = uuid.uuid4().hex
         self.plans: list[Plan] = []
-        self.replies: dict[int, Message] = {}
+
+    @property
+    def created(self) -> int:
+        return int(self._started_at)
 
     @property
     def model(self) -> str:
@@ -148,32 +207,68 @@ class Exchange:
         if self._log is not None:
             self._spans = self._log.answered_tools(messages, self._started_at)
 
-    def admit(self, prompts: list[Prompt], inclusive_stops: tuple[str, ...] = ()) -> None:
-        """Plan `n` choices for each prompt. Raises ApiError if a prompt is too long."""
+    def admit(self, prompts: list[Prompt], reading: Reading = Reading(), *, prompt_param: str = "messages") -> None:
+        """Plan `n` choices for each prompt. Raises ApiError if a prompt is too long; `prompt_param` is the field it is in."""
         imposed = self._log.sampling if self._log else Sampling()
         first = self._log.next_index if self._log else 0
-        seeds = prompt_seeds(self.request, imposed, first, len(prompts))
-        n = self.request.n
+        wanted = self.sampling
+        seeds = prompt_seeds(wanted.seed, imposed.seed, first, len(prompts))
+        made: list[Sampled] = []
         for prompt, seed in zip(prompts, seeds, strict=True):
             params = sampling_params(
-                self.request,
+                wanted,
                 imposed,
                 prompt_tokens=len(prompt.ids),
                 context_limit=self.services.context_limit,
                 vocab_size=self.services.vocab_size,
                 eos_ids=self.services.renderer.stop_ids,
                 seed=seed,
+                prompt_param=prompt_param,
             )
-            sampled = Sampled(self.services.engine, prompt.ids, params, n, self.adapter, self.request.priority)
-            for number in range(n):
+            sampled = Sampled(
+                self.services.engine,
+                prompt.ids,
+                params,
+                wanted.n,
+                self.adapter,
+                wanted.priority,
+                reading.grammar,
+                visit(self.http).flow,
+            )
+            made.append(sampled)
+            for number in range(wanted.n):
                 index = len(self.plans)
-                choice = Choice(prompt.ids, params, self.request.stops, inclusive_stops)
-                plan = Plan(index, sampled, number, f"{self.id}-{index}", first + index, prompt.parent_id, choice)
-                self.plans.append(plan)
+                choice = Choice(prompt.ids, params, wanted.stops, reading.inclusive_stops, reading.shown)
+                seen = prompt if number == 0 else prompt.sibling()
+                self.plans.append(Plan(index, sampled, number, f"{self.id}-{index}", first + index, seen, choice))
+        self._enter(made)
         if self._log is not None:
             self._log.reserve(len(self.plans))
 
-    async def events(self, *, reads_along: bool) -> AsyncIterator[tuple[Plan, Piece | None]]:
+    def _enter(self, made: list[Sampled]) -> None:
+        """Raises ApiError 429 or 503 when there is no room for them."""
+        asks = visit(self.http)
+        tokens = sum(len(sampled.prompt_ids) for sampled in made)
+        ticket = asks.at_end.enter_context(self.services.admission.enter(asks.flow, len(self.plans), tokens))
+        for sampled in made:
+            clock = Clock(self.services.metrics, asks.started, len(sampled.prompt_ids), ticket.began)
+            sampled.heard = clock.heard
+
+    def admit_ids(self, prompts: list[list[int]], reading: Reading, *, prompt_param: str) -> None:
+        """The same for prompts that the client gives as they are; `remember_ids` is their `respond`."""
+        if self._log is None:
+            self.admit([Prompt(ids) for ids in prompts], reading, prompt_param=prompt_param)
+            return
+        conversations = self.services.conversations
+        labelled = [conversations.raw_prompt(self.scope, ids) for ids in prompts]
+        try:
+            self.admit(labelled, reading, prompt_param=prompt_param)
+        except ApiError:
+            for prompt in labelled:
+                conversations.withdraw(prompt)
+            raise
+
+    async def events(self, *, reads_along: bool) -> AsyncIterator[Event]:
         """Pieces as they come (only if `reads_along`), and None for each choice that is finished and durable."""
         queue: asyncio.Queue[tuple[Plan, Piece | Exception | None]] = asyncio.Queue()
 
@@ -203,14 +298,14 @@ class Exchange:
         try:
             await plan.choice.run(plan.sampled.stream(plan.number), self.services.renderer.tokenizer, on_piece)
         finally:  # also when cancelled: what was sampled is recorded
-            reply = self.replies[plan.index] = self._respond(plan)
+            reply = self._respond(plan)
             if self._log is not None and self.services.recorder is not None:
                 spans, self._spans = self._spans, []
                 written = self.services.recorder.record(self._log, self._call(plan, self._log.id, reply), spans)
                 await asyncio.shield(self.services.spawn(written))  # a client that leaves must not undo it
 
     def _call(self, plan: Plan, episode_id: str, reply: Message) -> Call:
-        choice = plan.choice
+        choice, prompt = plan.choice, plan.prompt
         return Call(
             id=plan.call_id,
             episode_id=episode_id,
@@ -221,8 +316,10 @@ class Exchange:
             logprobs=choice.logprobs,
             versions=choice.versions,
             temperature=choice.sampling.temperature,
-            finish_reason=finish_reason(choice, reply),
-            parent_id=plan.parent_id,
+            finish_reason=finish_reason(choice, bool(reply.get("tool_calls"))),
+            parent_id=prompt.parent_id,
+            relation=prompt.relation,
+            parted_at=prompt.parted_at,
             cached_tokens=choice.cached_tokens,
             request=self._body,
             response=reply,
@@ -230,26 +327,23 @@ class Exchange:
             ended_at=time.time(),
         )
 
-    def usage(self) -> dict[str, Any]:
-        """Prompts count once for all their choices, as in OpenAI's API."""
-        prompts = self.plans[:: self.request.n]
-        prompt_tokens = sum(len(plan.choice.prompt_ids) for plan in prompts)
-        sampled = sum(len(plan.choice.ids) for plan in self.plans)
-        return {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": sampled,
-            "total_tokens": prompt_tokens + sampled,
-            "prompt_tokens_details": {"cached_tokens": sum(plan.choice.cached_tokens for plan in prompts)},
-        }
+
+def remember_ids(services: Services, episode: str | None, plan: Plan) -> Message:
+    """The message of a choice without a conversation: its text. Within an episode, a prompt that goes on with it extends it."""
+    choice = plan.choice
+    if episode is not None:
+        services.conversations.remember_raw(episode, choice.prompt_ids, choice.ids, plan.call_id)
+    return {"role": "assistant", "content": choice.text}
 
 
-def finish_reason(choice: Choice, reply: Message) -> str:
-    if choice.finish_reason == "stop" and reply.get("tool_calls"):
+def finish_reason(choice: Choice, called: bool) -> str:
+    """`called`: tools were."""
+    if choice.finish_reason == "stop" and called:
         return "tool_calls"
     return choice.finish_reason or "abort"
 
 
-async def drain(events: AsyncIterator[tuple[Plan, Piece | None]]) -> None:
+async def drain(events: AsyncIterator[Event]) -> None:
     async for _ in events:
         pass
 

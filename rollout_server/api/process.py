@@ -1,4 +1,8 @@
-"""The web process: `python -m rollout_server.api.process CONFIG.json`, started by `rollout_server.launch`."""
+"""The web process: `python -m rollout_server.api.process CONFIG.json`, started by `rollout_server.launch`.
+
+SIGTERM ends it: what is under way has `drain_s` to finish while new requests are refused, then whoever still waits is told why
+there will be no answer. A second signal ends it at once.
+"""
 
 from __future__ import annotations
 
@@ -6,33 +10,43 @@ import logging
 import socket
 import sys
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.applications import Starlette
 
 from lightning_rl.lifetime import die_with_parent
 from rollout_server.api.app import build_app
 from rollout_server.api.config import WebConfig, read_web_config
+from rollout_server.api.connections import guarded, make_room
+from rollout_server.api.draining import Door
 from rollout_server.api.exchange import Services
 
 
 class WebServer(uvicorn.Server):
-    def __init__(self, app: FastAPI) -> None:
+    def __init__(self, app: Starlette) -> None:
+        self._services: Services = app.state.services
+        self._door = Door(app)
         super().__init__(
             uvicorn.Config(
-                app,
+                self._door,
                 access_log=False,
                 log_config=None,
                 log_level="warning",
                 lifespan="on",
+                http=guarded(self._services.config.limits),
+                ws="none",
                 timeout_keep_alive=75,
                 timeout_graceful_shutdown=2,
             )
         )
-        self._services: Services = app.state.services
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit = self.should_exit
+        super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Whoever still waits for a reply is told at once why there will be none."""
+        await self._door.drain(self._services.config.drain_s, lambda: self.force_exit)
         self._services.engine.hang_up()
         await super().shutdown(sockets)
 
@@ -45,4 +59,5 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     settings = read_web_config(Path(sys.argv[1]))
     die_with_parent(settings.parent_pid)
+    make_room(settings.limits)
     serve(settings)

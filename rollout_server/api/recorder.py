@@ -55,11 +55,13 @@ class EpisodeLog:
         return first
 
     def answered_tools(self, messages: list[Message], now: float) -> list[Span]:
-        """Spans of the tool calls that the last messages answer, each reported once."""
+        """Spans of the tool calls that are answered since the last reply, each reported once."""
         spans = []
         for message in reversed(messages):
-            if message["role"] != "tool":
+            if message["role"] == "assistant":
                 break
+            if message["role"] != "tool":
+                continue
             tool_call_id = message.get("tool_call_id", "")
             tool = self.open_tools.pop(tool_call_id, None)
             if tool is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -52,13 +52,18 @@ class PrefixRouter:
         self._capacity = max(1, capacity // CHUNK)
         self._known: list[OrderedDict[bytes, None]] = [OrderedDict() for _ in range(replicas)]
 
-    def route(self, ids: Sequence[int], sequences: int, root: str = "") -> Route:
-        """A place for `sequences` choices of one prompt, which stay together; their load counts from now on."""
-        if len(self.loads) == 1:
-            self.loads[0] += sequences
-            return Route(0, sequences, 0)
+    def route(self, ids: Sequence[int], sequences: int, root: str = "", among: Collection[int] | None = None) -> Route:
+        """A place for `sequences` choices of one prompt, which stay together; their load counts from now on.
+
+        `among`: the replicas that can serve, at least one; None: all.
+        """
+        among = range(len(self.loads)) if among is None else among
+        if len(among) == 1:
+            (only,) = among
+            self.loads[only] += sequences
+            return Route(only, sequences, 0)
         chain = chunk_chain(ids, root)
-        matches = [self._match(replica, chain) for replica in range(len(self.loads))]
+        matches = {replica: self._match(replica, chain) for replica in among}
         replica = self._choose(matches, sequences)
         self._remember(replica, chain)
         self.loads[replica] += sequences
@@ -67,16 +72,15 @@ class PrefixRouter:
     def release(self, route: Route) -> None:
         self.loads[route.replica] -= route.sequences
 
-    def least_loaded(self) -> int:
+    def least_loaded(self, among: Collection[int] | None = None) -> int:
         """Among equals the one with fewest prefixes, so that caches fill evenly."""
-        return min(
-            range(len(self.loads)), key=lambda replica: (self.loads[replica], len(self._known[replica]), replica)
-        )
+        among = range(len(self.loads)) if among is None else among
+        return min(among, key=lambda replica: (self.loads[replica], len(self._known[replica]), replica))
 
-    def _choose(self, matches: Sequence[int], sequences: int) -> int:
-        least = self.least_loaded()
+    def _choose(self, matches: Mapping[int, int], sequences: int) -> int:
+        least = self.least_loaded(matches)
         bound = LOAD_FACTOR * (self.loads[least] + sequences) + LOAD_SLACK
-        open_ = [replica for replica, load in enumerate(self.loads) if load + sequences <= bound]
+        open_ = [replica for replica in matches if self.loads[replica] + sequences <= bound]
         best = max(matches[replica] for replica in open_)
         if best == 0:
             return least

@@ -13,7 +13,7 @@ from hashlib import blake2b
 
 from lightning_rl.episode import Sampling
 from rollout_server.api.errors import ApiError
-from rollout_server.api.requests import ChatRequest, CompletionRequest
+from rollout_server.api.turn import SamplingOptions
 from rollout_server.messages import SamplingParams
 
 
@@ -24,7 +24,7 @@ def derive_seed(seed: int, *places: int) -> int:
 
 
 def sampling_params(
-    request: ChatRequest | CompletionRequest,
+    wanted: SamplingOptions,
     imposed: Sampling,
     *,
     prompt_tokens: int,
@@ -32,17 +32,21 @@ def sampling_params(
     vocab_size: int,
     eos_ids: Sequence[int],
     seed: int,
+    prompt_param: str = "messages",
 ) -> SamplingParams:
-    """Raises ApiError when the prompt leaves no room for a single token, or a bias is for an id that does not exist."""
+    """Raises ApiError when the prompt leaves no room for a single token, or a bias is for an id that does not exist.
+
+    `prompt_param` is the field of the request that holds the prompt.
+    """
     room = context_limit - prompt_tokens
     if room < 1:
         raise ApiError(
             400,
             f"the prompt has {prompt_tokens} tokens, and prompt and reply together may have {context_limit}",
-            param="messages" if isinstance(request, ChatRequest) else "prompt",
+            param=prompt_param,
             code="context_length_exceeded",
         )
-    unknown = sorted(token_id for token_id in request.bias if token_id >= vocab_size)
+    unknown = sorted(token_id for token_id in wanted.logit_bias if token_id >= vocab_size)
     if unknown:
         raise ApiError(
             400,
@@ -50,28 +54,27 @@ def sampling_params(
             param="logit_bias",
             code="invalid_value",
         )
-    asked = request.limit if isinstance(request, ChatRequest) else request.max_tokens
-    alternatives = request.top_logprobs if isinstance(request, ChatRequest) else request.logprobs or 0
     return SamplingParams(
-        temperature=request.temperature if imposed.temperature is None else imposed.temperature,
-        top_p=request.top_p if imposed.top_p is None else imposed.top_p,
-        top_k=max(request.top_k, 0),
-        min_p=request.min_p,
-        repetition_penalty=request.repetition_penalty,
-        presence_penalty=request.presence_penalty,
-        frequency_penalty=request.frequency_penalty,
-        logit_bias=request.bias,
+        temperature=wanted.temperature if imposed.temperature is None else imposed.temperature,
+        top_p=wanted.top_p if imposed.top_p is None else imposed.top_p,
+        top_k=wanted.top_k,
+        min_p=wanted.min_p,
+        repetition_penalty=wanted.repetition_penalty,
+        presence_penalty=wanted.presence_penalty,
+        frequency_penalty=wanted.frequency_penalty,
+        logit_bias=dict(wanted.logit_bias),
         seed=seed,
-        max_tokens=min(limit for limit in (room, asked, imposed.max_tokens) if limit is not None),
-        stop_ids=tuple(dict.fromkeys([*request.stop_token_ids, *(() if request.ignore_eos else eos_ids)])),
-        top_logprobs=alternatives,
+        max_tokens=min(limit for limit in (room, wanted.max_tokens, imposed.max_tokens) if limit is not None),
+        stop_ids=tuple(dict.fromkeys([*wanted.stop_ids, *(() if wanted.ignore_eos else eos_ids)])),
+        top_logprobs=wanted.top_logprobs,
     )
 
 
-def prompt_seeds(request: ChatRequest | CompletionRequest, imposed: Sampling, index: int, count: int) -> list[int]:
-    """One seed for each of `count` prompts; the request's first call is the episode's call `index` (0 without one)."""
-    if imposed.seed is not None:
-        return [derive_seed(imposed.seed, index, prompt) for prompt in range(count)]
-    if request.seed is not None:
-        return [derive_seed(request.seed, prompt) for prompt in range(count)]
+def prompt_seeds(seed: int | None, imposed: int | None, index: int, count: int) -> list[int]:
+    """One seed for each of `count` prompts: from the one imposed on the episode, whose call `index` this is, or else from the
+    request's own, or drawn."""
+    if imposed is not None:
+        return [derive_seed(imposed, index, prompt) for prompt in range(count)]
+    if seed is not None:
+        return [derive_seed(seed, prompt) for prompt in range(count)]
     return [secrets.randbits(63) for _ in range(count)]

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import msgspec
 
-from lightning_rl.memory import with_huge_pages
 from rollout_server import messages as m
 from rollout_server.api.engine_client import EngineClient, Stream
 from rollout_server.bench.scenarios import Scenario
@@ -56,14 +55,9 @@ async def start(setup: Setup) -> AsyncIterator[LrlEngine]:
     with tempfile.TemporaryDirectory(prefix="lrl-") as ipc_dir:
         config = Path(ipc_dir) / "config.json"
         config.write_text(json.dumps(msgspec.to_builtins(engine_config(setup, ipc_dir))))
-        modules = {
-            "rollout_server.manager.process": dict(os.environ),
-            "rollout_server.worker.process": with_huge_pages(),
-        }
-        processes = [
-            subprocess.Popen([sys.executable, "-m", module, str(config)], stdin=subprocess.DEVNULL, env=environment)
-            for module, environment in modules.items()
-        ]
+        manager = subprocess.Popen(  # which starts the worker
+            [sys.executable, "-m", "rollout_server.manager.process", str(config)], stdin=subprocess.DEVNULL
+        )
         client = EngineClient(Path(ipc_dir))
         try:
             client.start()
@@ -73,10 +67,8 @@ async def start(setup: Setup) -> AsyncIterator[LrlEngine]:
             yield LrlEngine(client)
             client.close()
         finally:
-            for process in processes:
-                process.terminate()
-            for process in processes:
-                process.wait()
+            manager.terminate()
+            manager.wait()
 
 
 def engine_config(setup: Setup, ipc_dir: str) -> EngineConfig:

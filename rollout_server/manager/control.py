@@ -21,12 +21,19 @@ class ControlQueue:
         self._queue: deque[Control] = deque()
         self._asked: Control | None = None
         """What the worker is carrying out."""
-        self._depth = 0
+        self._deadly: Control | None = None
+        """What the last worker was carrying out when it died."""
+        self.depth = 0
         """Level of the present sleep; 0 is awake."""
 
     @property
     def holds_planning(self) -> bool:
         return bool(self._queue) or self._asked is not None
+
+    @property
+    def under_way(self) -> Control | None:
+        """What the worker is carrying out."""
+        return self._asked
 
     def push(self, control: Control) -> None:
         self._queue.append(control)
@@ -47,17 +54,17 @@ class ControlQueue:
                     return None, [m.Failed(request_id=key, code="model_not_found", message=_not_loaded(adapter))]
                 message: m.ToWorker = m.Unload(adapter=adapter)
             case m.UpdateWeights(request_id=key, source=source, version=version, adapter=adapter):
-                if self._depth >= 2:
+                if self.depth >= 2:
                     text = "the engine sleeps and its weights are away; wake it first"
                     return None, [m.Failed(request_id=key, code="weights_rejected", message=text)]
                 message = m.Load(source=source, version=version, adapter=adapter)
             case m.Sleep(request_id=key, level=level):
                 self._scheduler.sleep()
-                if level <= self._depth:
+                if level <= self.depth:
                     return None, [m.Done(request_id=key)]
                 message = m.Release(weights=level >= 2)
             case m.Wake(request_id=key):
-                if not self._depth:
+                if not self.depth:
                     self._scheduler.wake()
                     return None, [m.Done(request_id=key)]
                 message = m.Reclaim()
@@ -88,11 +95,24 @@ class ControlQueue:
             case m.UnloadAdapter(adapter=adapter):
                 failed = self._scheduler.unload(adapter)
             case m.Sleep(level=level):
-                self._depth = level
+                self.depth = level
             case m.Wake():
-                self._depth = 0
+                self.depth = 0
                 self._scheduler.wake()
         return [*failed, m.Done(request_id=key)]
+
+    def recover(self) -> list[m.FromManager]:
+        """The worker has died. What it was carrying out comes first again, once; a broadcast is over and cannot be repeated."""
+        control, self._asked = self._asked, None
+        if control is None:
+            return []
+        again = control is not self._deadly
+        self._deadly = control
+        if again and not (isinstance(control, m.UpdateWeights) and isinstance(control.source, m.Broadcast)):
+            self._queue.appendleft(control)
+            return []
+        text = "the worker died over it and was started again; things are as they were before"
+        return [m.Failed(request_id=control.request_id, code="worker_failed", message=text)]
 
 
 def is_base(source: m.WeightSource) -> bool:

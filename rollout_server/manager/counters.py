@@ -22,6 +22,10 @@ class Counters:
     """Sampled ahead of a stop or a cancellation, and dropped."""
     preemptions: int = 0
     finished: int = 0
+    constrained: int = 0
+    """Choices that were asked to fit a grammar."""
+    grammar_failures: int = 0
+    """Requests that ended because their grammar could not be followed any further."""
     copied_pages: int = 0
     evicted_pages: int = 0
     """Gone from the device, `offloaded_pages` of them to the host tier."""

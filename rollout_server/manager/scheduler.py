@@ -3,8 +3,11 @@
 Every pass decodes one token of each running sequence and fills what is left of its token budget with prompts, in chunks.
 Up to `lookahead` passes are planned beyond the one whose results are awaited; a token that is not known yet is named by the
 slot that drew it. The queue's head is admitted while the simulated peak of pages fits (`admission`), and nobody overtakes
-it. Where that was too hopeful, cached prefixes are evicted first, then the youngest running sequence of the lowest priority is
-preempted: it keeps what it sampled and returns to its place in the queue.
+it; who is the head is decided fairly between flows (`waiting`). Where admission was too hopeful, cached prefixes are evicted
+first, then the youngest running sequence of the lowest priority is preempted: it keeps what it sampled and returns to its
+place in the queue.
+
+A sequence with a grammar is masked: what it may draw is known as soon as its last token is, so it is never planned ahead.
 
 Prompts are prefilled one after the other, so that whatever the next one shares with those before is in the tree when
 its turn comes: no prefix is computed twice while it is kept.
@@ -22,6 +25,7 @@ from rollout_server import messages as m
 from rollout_server.manager.counters import Counters
 from rollout_server.manager.gate import Gate
 from rollout_server.manager.integrity import check_integrity
+from rollout_server.manager.masking import GrammarError, Masker
 from rollout_server.manager.memory import Memory
 from rollout_server.manager.pass_plan import Completion, PassPlan
 from rollout_server.manager.prefix_tree import NO_MATCH, Match, Root
@@ -75,10 +79,13 @@ class Scheduler:
         priority: int = 0,
         n: int = 1,
         adapter: str = "",
+        flow: str = "",
+        masker: Masker | None = None,
     ) -> None:
         """Queue a request: `sampling` None asks for the log-prob of ids[1:]. Lower `priority` goes first.
 
-        Raises Refused when it could not run even alone.
+        Each choice is drawn within `masker`, which is at the beginning of a text. Raises Refused when the request could not run
+        even alone, or its grammar allows nothing.
         """
         size, total = self.memory.page_size, self.memory.pool.total
         longest = len(ids) + (sampling.max_tokens if sampling else 0)
@@ -90,8 +97,10 @@ class Scheduler:
             raise Refused("model_not_found", f"no adapter {adapter!r} is loaded", hint="load it, or ask for the policy")
         if request_id in self.requests:
             raise ValueError(f"request {request_id!r} is under way already")
-        request = Request(request_id, live=n)
+        allowed = _first_mask(masker, sampling.stop_ids) if masker and sampling else None
+        request = Request(request_id, live=n, flow=flow)
         self.requests[request_id] = request
+        self.counters.constrained += n if masker else 0
         for index in range(n):
             sequence = Sequence(
                 number=next(self._numbers),
@@ -104,22 +113,30 @@ class Scheduler:
                 prompt_length=len(ids),
                 max_tokens=sampling.max_tokens if sampling else 0,
                 stop_ids=sampling.stop_ids if sampling else (),
-                serial=sampling is not None and sampling.needs_history,
+                serial=masker is not None or (sampling is not None and sampling.needs_history),
+                cost=len(ids) + (self._gate.predictor.remaining(0, sampling.max_tokens) if sampling else 0),
+                masker=masker.fork() if masker is not None else None,
+                allowed=allowed,
             )
             request.choices.append(sequence)
             self.waiting.push(sequence)
 
-    def cancel(self, request_id: str) -> None:
-        """Forget a request. What passes under way sample for it is dropped. Unknown ids are ignored."""
-        request = self.requests.pop(request_id, None)
-        for sequence in request.choices if request else []:
-            if sequence.ended:
+    def cancel(self, request_id: str, index: int | None = None) -> None:
+        """Forget a request, or one of its choices. What passes under way sample for it is dropped. Unknown ones are ignored."""
+        request = self.requests.get(request_id)
+        if request is None:
+            return
+        for sequence in request.choices:
+            if sequence.ended or index not in (None, sequence.index):
                 continue
             sequence.ended = True
+            request.live -= 1
             if sequence.slot >= 0:
                 self._leave(sequence)
             else:
                 self.waiting.discard(sequence)
+        if not request.live:
+            del self.requests[request_id]
 
     @property
     def idle(self) -> bool:
@@ -151,7 +168,7 @@ class Scheduler:
     def unload(self, adapter: str) -> list[m.Failed]:
         """Forget a named adapter; all its requests fail. Nothing may be in flight."""
         self._require_quiet()
-        failed = self._fail(
+        failed = self.fail(
             [r for r in self.requests.values() if r.choices[0].adapter == adapter], f"adapter {adapter!r} was unloaded"
         )
         self.memory.drop((self.versions.pop(adapter), adapter))
@@ -183,13 +200,36 @@ class Scheduler:
     def wake(self) -> None:
         self.paused = self.asleep = False
 
+    def recover(self) -> list[m.Failed]:
+        """The worker has died, and with it all passes under way and all keys and values, on the device and in the host tier.
+
+        Who ran goes on from the ids that are known, in its place in the queue. Whoever was under way may be what killed it, and
+        runs beside no other such sequence until it has got further. Returns the requests that fail: it was under way at a death
+        once more before that.
+        """
+        under_way = [sequence for sequence in self.running if self._pass(sequence.last_step) is not None]
+        deadly = {id(sequence.request): sequence.request for sequence in under_way if sequence.suspect}
+        for sequence in under_way:
+            sequence.died_at = len(sequence.ids)
+        while self.in_flight:
+            plan = self.in_flight.popleft()
+            self.memory.release(plan.pages)
+            self.free_slots += plan.slots
+        for sequence in list(self.running):
+            sequence.drawn = sequence.sampled if sequence.sampling is not None else 0
+            self._requeue(sequence, remember=False)
+        for root in self.memory.tree.roots():
+            self.memory.drop(root)
+        self._stalled = False
+        return self.fail(list(deadly.values()), "the worker died twice while it computed this request", "worker_failed")
+
     def _require_quiet(self) -> None:
         if self.in_flight:
             raise RuntimeError("passes are under way")
 
     def _abort(self, affected: Callable[[Sequence], bool], why: str) -> list[m.Failed]:
         """Fail the requests that are under way: a choice runs, or has sampled."""
-        return self._fail(
+        return self.fail(
             [
                 request
                 for request in self.requests.values()
@@ -201,10 +241,11 @@ class Scheduler:
             why,
         )
 
-    def _fail(self, requests: list[Request], why: str) -> list[m.Failed]:
+    def fail(self, requests: list[Request], why: str, code: str = "aborted") -> list[m.Failed]:
+        """Forget them, and say so."""
         for request in requests:
             self.cancel(request.request_id)
-        return [m.Failed(request_id=request.request_id, code="aborted", message=why) for request in requests]
+        return [m.Failed(request_id=request.request_id, code=code, message=why) for request in requests]
 
     # planning ---------------------------------------------------------------------------------------------------------
 
@@ -351,6 +392,8 @@ class Scheduler:
             return
         budget = self.max_step_tokens - sum(len(row.ids) for row in plan.rows) if len(self.waiting) else 0
         while self.free_slots and (head := self.waiting.head()) is not None:
+            if head.suspect and any(sequence.suspect for sequence in self.running):
+                break
             completion = plan.completion_of(head)
             if completion is not None:
                 if not self._fits_beside(head, completion.sequence, plan.step):
@@ -414,7 +457,7 @@ class Scheduler:
         """A running sequence gives up its pages and its slot, and waits for its turn again."""
         self._leave(sequence, remember=remember)
         sequence.scores = []
-        self.waiting.push(sequence)
+        self.waiting.put_back(sequence)
 
     def _leave(self, sequence: Sequence, *, remember: bool = True) -> None:
         """Out of the batch. Its pages and its slot stay held until the passes that it is in are applied."""
@@ -448,8 +491,9 @@ class Scheduler:
 
     # results ----------------------------------------------------------------------------------------------------------
 
-    def apply(self, results: m.Forwarded) -> list[m.Tokens | m.Scored]:
-        """Take in the results of the oldest pass under way. One message a choice that sampled, or finished score.
+    def apply(self, results: m.Forwarded) -> list[m.Tokens | m.Scored | m.Failed]:
+        """Take in the results of the oldest pass under way. One message a choice that sampled, or finished score; one more
+        for a request whose grammar fails.
 
         Raises RuntimeError when they are not of that pass.
         """
@@ -457,7 +501,7 @@ class Scheduler:
         if plan is None or results.step != plan.step or len(results.ids) != len(plan.decoding):
             raise RuntimeError(f"results of pass {results.step} do not belong to the oldest pass under way")
         self.in_flight.popleft()
-        replies: list[m.Tokens | m.Scored] = []
+        replies: list[m.Tokens | m.Scored | m.Failed] = []
         for (sequence, last), scores in zip(plan.scored, results.scores, strict=True):
             if sequence.ended:
                 continue
@@ -474,7 +518,7 @@ class Scheduler:
         return replies
 
     def _take_tokens(
-        self, drawing: Iterable[Sequence], results: m.Forwarded, replies: list[m.Tokens | m.Scored]
+        self, drawing: Iterable[Sequence], results: m.Forwarded, replies: list[m.Tokens | m.Scored | m.Failed]
     ) -> None:
         size, versions, tops = self.memory.page_size, self.versions, results.top_logprobs
         surplus = sampled = 0
@@ -486,11 +530,16 @@ class Scheduler:
             ids.append(token)
             length = len(ids)
             sampled += 1
-            reason = None
+            reason = failure = None
             if token in sequence.stop_ids:
                 reason = "stop"
             elif length - sequence.prompt_length >= sequence.max_tokens:
                 reason = "length"
+            if sequence.masker is not None and reason != "stop":
+                try:
+                    reason = _mask(sequence, token, reason)
+                except GrammarError as error:
+                    failure = str(error)
             top = tops[at] if tops and sequence.sampling is not None and sequence.sampling.top_logprobs else None
             replies.append(
                 m.Tokens(
@@ -504,7 +553,10 @@ class Scheduler:
                     cached_tokens=sequence.cached_tokens,
                 )
             )
-            if reason is not None:
+            if failure is not None:
+                self.counters.grammar_failures += 1
+                replies += self.fail([sequence.request], failure, "grammar_failed")
+            elif reason is not None:
                 self._gate.predictor.finished(length - sequence.prompt_length, sequence.max_tokens)
                 self._end(sequence)
             elif length >= (sequence.in_tree + 1) * size and not sequence.private:
@@ -545,6 +597,8 @@ class Scheduler:
             "host_pages_total": memory.host.total,
             "host_pages_free": memory.host.free,
             "waiting": len(self.waiting),
+            "waiting_tokens": self.waiting.tokens,
+            "waiting_flows": self.waiting.flows,
             "running": len(self.running),
             "in_flight": len(self.in_flight),
         }
@@ -556,3 +610,25 @@ class Scheduler:
 
 def _rank(sequence: Sequence) -> tuple[int, int]:
     return sequence.priority, sequence.number
+
+
+def _first_mask(masker: Masker, stop_ids: tuple[int, ...]) -> bytes:
+    """What may be drawn first. Raises Refused."""
+    try:
+        if masker.ended and not stop_ids:
+            raise GrammarError("nothing but the empty text fits the grammar")
+        return masker.allowed(stop_ids)
+    except GrammarError as error:
+        raise Refused("grammar_failed", str(error)) from error
+
+
+def _mask(sequence: Sequence, token: int, reason: str | None) -> str | None:
+    """Take in a token, and see what may follow: the reason to finish, if there is one. Raises GrammarError."""
+    masker = sequence.masker
+    assert masker is not None
+    masker.take(token)
+    if not sequence.stop_ids and masker.ended:
+        return "stop"
+    if reason is None:
+        sequence.allowed = masker.allowed(sequence.stop_ids)
+    return reason

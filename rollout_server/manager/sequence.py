@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from rollout_server.manager.masking import Masker
 from rollout_server.manager.prefix_tree import Node
 from rollout_server.messages import Draw, SamplingParams
 
@@ -14,6 +15,12 @@ class Request:
     choices: list[Sequence] = field(default_factory=list)
     live: int = 0
     """Choices that have not ended."""
+    flow: str = ""
+    """Who asks."""
+    queued: int = 0
+    """Choices that wait."""
+    start: float | None = None
+    """Its place in the queue (`waiting`): the virtual time at which its turn comes."""
 
 
 @dataclass(eq=False, slots=True)
@@ -39,6 +46,12 @@ class Sequence:
     stop_ids: tuple[int, ...] = ()
     serial: bool = False
     """Its next pass needs the results of its last: it is never planned ahead."""
+    cost: int = 1
+    """Tokens that it is expected to take: the measure of fairness between flows."""
+    masker: Masker | None = None
+    """Its grammar, after all known ids."""
+    allowed: bytes | None = None
+    """What `masker` allows next."""
 
     slot: int = -1
     pages: list[int] = field(default_factory=list)
@@ -67,7 +80,14 @@ class Sequence:
     """Tokens whose keys and values were computed once already."""
     cached_tokens: int = 0
     scores: list[float] = field(default_factory=list)
+    died_at: int = -1
+    """Length of `ids` when a worker last died with a pass of this sequence under way."""
     ended: bool = False
+
+    @property
+    def suspect(self) -> bool:
+        """A worker died over it, and it has not got further since."""
+        return self.died_at == len(self.ids)
 
     @property
     def sampled(self) -> int:
@@ -80,6 +100,12 @@ class Sequence:
 
     def draw(self) -> Draw:
         """The draw that comes next."""
-        if self.serial:
-            return Draw(slot=self.slot, at=self.drawn, history=self.ids, prompt_length=self.prompt_length)
-        return Draw(slot=self.slot, at=self.drawn)
+        if self.sampling is not None and self.sampling.needs_history:
+            return Draw(
+                slot=self.slot,
+                at=self.drawn,
+                history=self.ids,
+                prompt_length=self.prompt_length,
+                allowed=self.allowed,
+            )
+        return Draw(slot=self.slot, at=self.drawn, allowed=self.allowed)

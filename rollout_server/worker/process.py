@@ -1,6 +1,6 @@
 """The worker process: one device, one model, one loop: receive a plan, run it, answer.
 
-`python -m rollout_server.worker.process CONFIG.json`, started by `rollout_server.launch`.
+`python -m rollout_server.worker.process CONFIG.json MANAGER_PID ADDRESS`, started by the manager (`manager.worker_process`).
 """
 
 from __future__ import annotations
@@ -108,13 +108,13 @@ def ready(runner: Runner, engine: EngineConfig) -> m.Ready:
     )
 
 
-def serve(engine: EngineConfig) -> None:
-    """Answer the manager until it says `Shutdown`. Answers come in the order of the messages."""
+def serve(engine: EngineConfig, address: str) -> None:
+    """Answer the manager at `address` until it says `Shutdown`. Answers come in the order of the messages."""
     if engine.threads:
         torch.set_num_threads(engine.threads)
     runner = build_runner(engine)
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
-    socket.connect(f"ipc://{engine.ipc_dir}/worker.ipc")
+    socket.connect(address)
     socket.send(m.encode(ready(runner, engine)))
     under_way: deque[Launched] = deque()
 
@@ -157,6 +157,6 @@ def _wait(socket: zmq.Socket[bytes], under_way: deque[Launched]) -> None:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     settings = read_engine_config(Path(sys.argv[1]))
-    die_with_parent(settings.parent_pid)
+    die_with_parent(int(sys.argv[2]))
     keep_freed_memory()
-    serve(settings)
+    serve(settings, sys.argv[3])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 import zmq
+from starlette.applications import Starlette
 
 from rollout_server import messages as m
 from rollout_server.api.app import build_app
@@ -75,7 +76,7 @@ class ScriptedManager:
                 self.changes.append(message)
                 return [m.Updated(request_id=key, version=version, checksum=f"{self.checksum}-{version}")]
             case m.GetStats():
-                return [m.Stats(request_id=key, values=self.stats)]
+                return [m.Stats(request_id=key, values=self.stats, checksums={"base": self.checksum})]
             case m.UnloadAdapter() | m.Pause() | m.Resume() | m.Sleep() | m.Wake():
                 self.changes.append(message)
                 return [m.Done(request_id=key)]
@@ -117,15 +118,23 @@ def one_by_one(submit: m.Submit, choices: list[list[int]], finish_reason: str = 
 @contextmanager
 def serving_web(config: Callable[[int], WebConfig]) -> Iterator[str]:
     """The web application in a thread, on a free port; its base URL."""
+    with serving_app(config) as (url, _):
+        yield url
+
+
+@contextmanager
+def serving_app(config: Callable[[int], WebConfig]) -> Iterator[tuple[str, Starlette]]:
+    """The same, and the application itself."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = WebServer(build_app(config(listener.fileno())))
+    app = build_app(config(listener.fileno()))
+    server = WebServer(app)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     while not server.started:
         assert thread.is_alive()
         time.sleep(0.01)
     try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", app
     finally:
         server.should_exit = True
         thread.join(10)

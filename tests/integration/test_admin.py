@@ -162,7 +162,8 @@ def test_refused_weights(site: Site) -> None:
     with pytest.raises(ServerError, match="no such file"):
         site.admin.update_weights("/w", 1)
     answer = site.post("/update_weights", {"path": "/w", "version": 1})
-    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "weights_rejected")
+    expected = (400, "weights_rejected") if len(site.managers) == 1 else (500, "replicas_disagree")
+    assert (answer.status_code, answer.json()["error"]["code"]) == expected
     answer = site.post("/v1/load_lora_adapter", {"lora_name": "refused", "lora_path": "/a"})
     assert answer.status_code == 400
     assert [entry.id for entry in site.client().models.list()] == ["tiny"]
@@ -176,6 +177,10 @@ def test_refused_weights(site: Site) -> None:
         {"version": 1, "source": {"type": "carrier_pigeon"}},
         {"version": 1, "source": {"type": "shared_memory", "block": "b"}},
         {"version": 1, "path": "/w", "running": "jump"},
+        {
+            "version": 1,
+            "source": {"type": "shared_memory", "block": "b", "tensors": [], "adapter_config": {"r": 2**64}},
+        },
         {"version": 1, "path": "/w", "made_up": 1},
         {"path": "/w"},
         {"version": 1, "path": "/w", "adapter": "tiny"},
@@ -292,7 +297,15 @@ def test_all_of_it_needs_the_admin_key(site: Site) -> None:
     ]
     for path in paths:
         assert site.post(f"/{path}", {}, key="x").status_code == 401
-    assert httpx.get(f"{site.url}/stats").status_code == 401
+    for path in ("stats", "checksums"):
+        assert httpx.get(f"{site.url}/{path}").status_code == 401
+
+
+def test_checksums_of_the_live_weights(two: Site) -> None:
+    assert two.admin.checksums() == {"base": "sum"}
+    two.managers[1].checksum = "bits"
+    with pytest.raises(ServerError, match="different weights"):
+        two.admin.checksums()
 
 
 def test_prefixes_stay_on_their_replica_and_load_is_given_back(two: Site) -> None:
@@ -330,8 +343,11 @@ def test_a_busy_replica_sheds_and_a_cancelled_request_frees_its_place(two: Site)
     assert sorted(len(manager.submitted) for manager in two.managers) == [0, 4]
 
 
-def test_a_dead_replica_fails_what_comes_next(two: Site) -> None:
+def test_the_last_replica_that_dies_fails_what_comes_next(two: Site) -> None:
     two.managers[1].stop()
+    wait_for(lambda: "1" in str(httpx.get(f"{two.url}/health").json()))
+    assert httpx.get(f"{two.url}/health").status_code == 200
+    two.managers[0].stop()
     wait_for(lambda: httpx.get(f"{two.url}/health").status_code == 503)
     with pytest.raises(ServerError, match="went away"):
         two.admin.update_weights("/w", 1)

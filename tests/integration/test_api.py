@@ -116,6 +116,7 @@ def test_a_chat(web: Web) -> None:
     assert made.model_extra is not None
     assert made.model_extra["prompt_token_ids"] == web.renderer.prompt(HELLO, [])
     assert made.choices[0].model_extra == {
+        "stop_reason": None,
         "token_ids": ids,
         "weight_versions": [{"version": 3, "start": 0, "end": len(ids)}],
     }
@@ -337,12 +338,21 @@ def test_completions(web: Web) -> None:
         ({"top_k": 2**63}, "top_k"),
         ({"priority": 10**30}, "priority"),
         ({"stop_token_ids": [2**64]}, "stop_token_ids.0"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 5}}}}, "response_format"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
         ({"logit_bias": {"5": 101}}, "logit_bias"),
         ({"logit_bias": {"five": 1}}, "logit_bias.five"),
         ({"logit_bias": {"99999999": 1}}, "logit_bias"),
         ({"made_up": 1}, "made_up"),
-        ({"tool_choice": "required", "tools": [TOOL]}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": "sometimes", "tools": [TOOL]}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "other"}}, "tools": [TOOL]}, "tool_choice"),
+        ({"continue_final_message": True}, "continue_final_message"),
+        ({"add_generation_prompt": False}, "add_generation_prompt"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
         ({"temperature": -1}, "temperature"),
         ({"n": 0}, "n"),
         ({"stop": 5}, "stop"),
@@ -444,7 +454,7 @@ def test_every_http_error_has_openais_shape(web: Web) -> None:
         (httpx.post(f"{web.url}/v1/chat/completions", headers=key, json={}), 400),
         (httpx.post(f"{web.url}/v1/completions", headers=key, json={"model": "tiny", "prompt": ""}), 400),
         (
-            httpx.post(f"{web.url}/v1/completions", headers=key, json={"model": "tiny", "prompt": "a", "echo": True}),
+            httpx.post(f"{web.url}/v1/completions", headers=key, json={"model": "tiny", "prompt": "a", "echo": 3}),
             400,
         ),
         (httpx.get(f"{web.url}/v1/models"), 401),

@@ -242,14 +242,17 @@ def test_full_fine_tuning_with_one_setting(tmp_path: Path) -> None:
     assert any(not published[name].equal(before[name]) for name in published)
 
 
-def test_a_dead_worker_ends_the_run_with_words_and_it_resumes(tmp_path: Path) -> None:
+def test_a_dead_worker_is_replaced_and_a_dead_manager_ends_the_run_with_words(tmp_path: Path) -> None:
     process = lrl("train", RECIPE, "warm_start=null", "train.steps=1", cwd=tmp_path)
     until(process, "step 1/1: rollout")
-    workers = [pid for pid in descendants(process.pid) if "worker.process" in command(pid)]
-    os.kill(workers[0], signal.SIGKILL)
+    (worker,) = [pid for pid in descendants(process.pid) if "worker.process" in command(pid)]
+    os.kill(worker, signal.SIGKILL)
+    until(process, "step 1/1: train")
+    (manager,) = [pid for pid in descendants(process.pid) if "manager.process" in command(pid)]
+    os.kill(manager, signal.SIGKILL)
     output = finish(process)
     assert process.returncode == 2
-    assert "worker process ended with signal 9" in output
+    assert "manager process ended with signal 9" in output
     assert "lrl train --resume runs/smoke" in output.replace("\n", " ")
     resumed = lrl("train", "--resume", "runs/smoke", cwd=tmp_path)
     output = finish(resumed)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from rollout_server import messages as m
+from rollout_server.manager.masking import Masker
 
 Weights = tuple[str, int]
 Cell = tuple[int, int, Weights]
@@ -33,13 +34,23 @@ def next_token(prefix: int, index: int, at: int) -> int:
     return hash((prefix, index if prefix % 3 else 0, at)) % VOCABULARY + 1
 
 
-def expected(prompt: list[int], sampling: m.SamplingParams, index: int = 0) -> list[int]:
+def masked(token: int, allowed: bytes | None) -> int:
+    """`token`, or the first after it that is allowed."""
+    while allowed is not None and not allowed[token >> 3] >> (token & 7) & 1:
+        token = token % VOCABULARY + 1
+    return token
+
+
+def expected(prompt: list[int], sampling: m.SamplingParams, index: int = 0, masker: Masker | None = None) -> list[int]:
     """What choice `index` samples, alone in the world."""
     value, ids = chain(prompt), []
-    while len(ids) < sampling.max_tokens:
-        ids.append(next_token(value, index, len(ids)))
+    while len(ids) < sampling.max_tokens and not (masker and masker.ended and not sampling.stop_ids):
+        allowed = masker.allowed(sampling.stop_ids) if masker else None
+        ids.append(masked(next_token(value, index, len(ids)), allowed))
         if ids[-1] in sampling.stop_ids:
             break
+        if masker:
+            masker.take(ids[-1])
         value = chained(value, ids[-1])
     return ids
 
@@ -179,5 +190,5 @@ class ShadowWorker:
             assert draw.prompt_length + draw.at == len(context)
         else:
             assert draw.history is None
-        slot.last = next_token(chain(context), slot.opened.index, draw.at)
+        slot.last = masked(next_token(chain(context), slot.opened.index, draw.at), draw.allowed)
         return slot.last

@@ -30,12 +30,13 @@ def piece(index: int, ids: list[int], finish_reason: str | None = None, cached: 
     steps=st.lists(st.tuples(st.sampled_from(["token", "last", "close", "fail", "close all"]), st.integers(0, 3))),
 )
 def test_any_interleaving(n: int, steps: list[tuple[str, int]]) -> None:
-    cancelled: list[str] = []
+    """A choice that is closed before its end is cancelled once: alone while others are awaited, else with the request."""
+    cancelled: list[int | None] = []
     ends: list[None] = []
-    generation = Generation("r", n, cancelled.append, lambda: ends.append(None))
+    generation = Generation("r", n, lambda _, index: cancelled.append(index), lambda: ends.append(None))
     finished: set[int] = set()
     closed: set[int] = set()
-    expected_cancel = False
+    expected: list[int | None] = []
     over = False
     sent = dict.fromkeys(range(n), 0)
     for kind, at in steps:
@@ -47,19 +48,20 @@ def test_any_interleaving(n: int, steps: list[tuple[str, int]]) -> None:
                 finished.add(index)
         elif kind == "close":
             generation.streams[index].close()
+            if not over and index not in closed | finished:
+                expected.append(index if len(closed | finished) < n - 1 else None)
             closed.add(index)
         elif kind == "close all":
             generation.close()
+            if not over:
+                expected.append(None)
             closed = set(range(n))
         elif kind == "fail" and not over:
             generation.deliver(EngineError("aborted", "new weights"))
             finished = set(range(n))
-        if not over and (closed or finished) and finished | closed == set(range(n)):
-            left = kind in ("close", "close all") and finished != set(range(n))
-            over = finished == set(range(n)) or left
-            expected_cancel = expected_cancel or left
+        over = over or finished | closed == set(range(n))
         assert len(ends) == over
-        assert cancelled == ["r"] * expected_cancel
+        assert cancelled == expected
     for index, stream in enumerate(generation.streams):
         arrived = stream.take()
         assert (len(arrived.ids) if arrived else 0) == sent[index]
@@ -67,7 +69,7 @@ def test_any_interleaving(n: int, steps: list[tuple[str, int]]) -> None:
 
 def test_reading_merges_and_waits() -> None:
     async def run() -> None:
-        generation = Generation("r", 2, lambda _: None, lambda: None)
+        generation = Generation("r", 2, lambda *_: None, lambda: None)
         first, second = generation.streams
         to_end = asyncio.ensure_future(second.read(to_end=True))
         generation.deliver(piece(0, [1], cached=9))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import signal
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from lightning_rl.errors import ServerError
 from rollout_server import cli
+from rollout_server.api.config import WebConfig
+from rollout_server.api.limits import Limits
 from rollout_server.launch import RolloutServer, replica_devices, threads_of_each
 
 
@@ -55,3 +59,45 @@ def test_adapters_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> Non
         with pytest.raises(SystemExit):
             parser.parse_args(["--model", "m", "--adapter", wrong])
         assert "NAME=PATH" in capsys.readouterr().err
+
+
+def test_what_is_said_on_the_command_line_is_what_the_web_process_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Limits, origins, parsers and the time to drain; what is not said keeps its default."""
+    made: list[RolloutServer] = []
+
+    def remember(server: RolloutServer) -> None:
+        made.append(server)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RolloutServer, "start", remember)
+    parser = argparse.ArgumentParser()
+    cli.COMMANDS["serve"][1](parser)
+    said = [
+        "--model",
+        "tiny-llama",
+        "--device",
+        "cpu",
+        "--log-dir",
+        str(tmp_path),
+        "--drain-s",
+        "7",
+        "--max-queue",
+        "9",
+    ]
+    said += ["--cors-origin", "https://a", "--tool-parser", "hermes", "--request-timeout", "2.5"]
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert cli.COMMANDS["serve"][2](parser.parse_args(said)) == 130
+        (server,) = made
+        server.close()
+        common = {"ipc_dirs": [], "model_dir": "", "parent_pid": 1, "kv_tokens": 1, "listen_fd": 0}
+        config = msgspec.convert(server._web_settings | common, WebConfig)
+        assert (config.drain_s, config.cors_origins, config.tool_parser) == (7, ["https://a"], "hermes")
+        assert config.reasoning_parser is None
+        assert config.limits == Limits(queued_requests=9, request_timeout_s=2.5)
+        with pytest.raises(ServerError, match="no limit"):
+            cli.COMMANDS["serve"][2](parser.parse_args([*said, "--max-queue", "0"]))
+    finally:
+        signal.signal(signal.SIGTERM, before)

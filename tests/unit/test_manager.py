@@ -1,21 +1,37 @@
-"""The manager process's loop over real sockets, between a web and a worker that the test plays."""
+"""The manager process's loop over real sockets, between a web and a worker that the test plays.
+
+The worker's process is real too, so that it can die: it does nothing, and the test speaks in its place.
+"""
 
 from __future__ import annotations
 
+import os
+import random
+import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import pytest
 import zmq
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from rollout_server import messages as m
 from rollout_server.config import EngineConfig
 from rollout_server.manager.control import is_base
+from rollout_server.manager.kept_weights import KeptWeights
 from rollout_server.manager.process import Manager
+from rollout_server.manager.worker_process import RESTARTS, STEADY_S, RestartBudget, WorkerLost, WorkerProcess
 from tests.unit.shadow_worker import ShadowWorker, expected, expected_scores
 
 PAGE, PAGES, VOCABULARY = 4, 40, 50
+READY = m.Ready(
+    num_pages=PAGES, page_size=PAGE, host_pages=0, max_positions=60, vocab_size=VOCABULARY, eos_ids=[0], checksum="base"
+)
+IDLE = ["sh", "-c", "exec sleep 300"]
 
 
 @dataclass
@@ -27,6 +43,8 @@ class Stage:
     orders: list[m.ToWorker] = field(default_factory=list)
     """What the worker was told besides passes."""
     refuse: str | None = None
+    checksums: dict[str, str] = field(default_factory=dict)
+    """By a source's path, of what a worker loads from there; otherwise it says the version."""
 
     def tell(self, *messages: m.ToManager) -> None:
         for message in messages:
@@ -40,8 +58,10 @@ class Stage:
 
     def work(self) -> bool:
         """Carry out the worker's next message, if there is one."""
-        if not self.worker.poll(5):
+        manager = self.manager
+        if not (manager.scheduler.in_flight or manager.control.under_way or manager._orders):
             return False
+        assert self.worker.poll(5000)
         message = m.decode_to_worker(self.worker.recv())
         match message:
             case m.Forward():
@@ -50,12 +70,16 @@ class Stage:
                 self.orders.append(message)
                 if self.refuse is None:
                     self.shadow.versions[adapter] = version
-                answer = m.Loaded(version=version, checksum=f"sum {version}", error=self.refuse)
+                checksum = f"sum {version}"
+                if isinstance(message.source, m.Directory):
+                    checksum = self.checksums.get(content(message.source), checksum)
+                answer = m.Loaded(version=version, checksum=checksum, error=self.refuse)
             case _:
                 self.orders.append(message)
                 answer = m.Acknowledged(error=self.refuse)
         self.worker.send(m.encode(answer))
-        self.manager.turn()
+        assert manager.worker.socket.poll(5000)
+        manager.turn()
         return True
 
     def heard(self) -> list[m.FromManager]:
@@ -67,29 +91,53 @@ class Stage:
             frames.append(m.decode_from_manager(self.web.recv()))
         return frames
 
+    def die(self) -> None:
+        """Kill the worker's process, and let the manager start another, which is not ready yet."""
+        self.worker.close(0)
+        os.kill(int((self.manager.worker._directory / "worker.pid").read_text()), signal.SIGKILL)
+        self.manager.replace_worker()
+
+    def rise(self, ready: m.Ready = READY) -> None:
+        """The new worker is ready."""
+        self.shadow = ShadowWorker(PAGES, PAGE, step=self.manager.scheduler.counters.steps)
+        self.orders.clear()
+        self.worker = self.manager.worker._context.socket(zmq.PAIR)
+        self.worker.connect(self.manager.worker.address)
+        self.worker.send(m.encode(ready))
+        assert self.manager.worker.socket.poll(5000)
+        self.manager.turn()
+
 
 @pytest.fixture
-def stage() -> Iterator[Stage]:
+def stage(tmp_path: Path) -> Iterator[Stage]:
+    with staged(tmp_path) as made:
+        yield made
+
+
+@contextmanager
+def staged(directory: Path) -> Iterator[Stage]:
     context = zmq.Context()
-    sockets = [context.socket(zmq.PAIR) for _ in range(4)]
-    for number, name in enumerate(("web", "worker")):
-        sockets[number].bind(f"inproc://{name}")
-        sockets[number + 2].connect(f"inproc://{name}")
-    ready = m.Ready(
-        num_pages=PAGES,
-        page_size=PAGE,
-        host_pages=0,
-        max_positions=60,
-        vocab_size=VOCABULARY,
-        eos_ids=[0],
-        checksum="",
+    web, own_web, own_worker = (context.socket(zmq.PAIR) for _ in range(3))
+    web.bind("inproc://web")
+    own_web.connect("inproc://web")
+    worker = WorkerProcess(context, directory, IDLE)
+    worker.start()
+    own_worker.connect(worker.address)
+    own_worker.send(m.encode(READY))
+    engine = EngineConfig(
+        ipc_dir=str(directory), model_dir="", parent_pid=0, max_batch=8, max_step_tokens=32, lookahead=1
     )
-    sockets[3].send(m.encode(ready))
-    engine = EngineConfig(ipc_dir="", model_dir="", parent_pid=0, max_batch=8, max_step_tokens=32, lookahead=1)
-    yield Stage(Manager(engine, sockets[0], sockets[1]), sockets[2], sockets[3])
-    for socket in sockets:
+    made = Stage(Manager(engine, web, worker), own_web, own_worker)
+    yield made
+    worker.stop()
+    for socket in (web, own_web, made.worker):
         socket.close(0)
     context.term()
+
+
+def content(source: m.Directory) -> str:
+    file = Path(source.path) / "adapter_model.safetensors"
+    return file.read_text() if file.is_file() else ""
 
 
 def submit(key: str, ids: list[int], *, new: int = 6, n: int = 1, adapter: str = "") -> m.Submit:
@@ -239,3 +287,249 @@ def test_base_weights_and_adapters_are_told_apart(tmp_path: Path) -> None:
     assert not is_base(source(str(tmp_path)))
     assert is_base(m.SharedMemory(block="b", tensors=[]))
     assert not is_base(m.SharedMemory(block="b", tensors=[], adapter_config={"r": 8}))
+
+
+# a worker that dies --------------------------------------------------------------------------------------------------
+
+
+def publish(directory: Path, text: str) -> m.Directory:
+    """An adapter in a directory: what a worker loads from there is known by its text."""
+    directory.mkdir(exist_ok=True)
+    (directory / "adapter_config.json").write_text("{}")
+    (directory / "adapter_model.safetensors").unlink(missing_ok=True)
+    (directory / "adapter_model.safetensors").write_text(text)
+    return m.Directory(path=str(directory))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.randoms(use_true_random=False))
+def test_replies_do_not_tell_that_the_worker_died(tmp_path_factory: pytest.TempPathFactory, rng: random.Random) -> None:
+    """Whenever it dies, up to as often as it may: same tokens as ever, whole scores, nothing leaks."""
+    asked = {f"r{i}": [rng.randint(1, 3) for _ in range(rng.randint(1, 20))] for i in range(6)}
+    with staged(tmp_path_factory.mktemp("stage")) as stage:
+        for key, ids in asked.items():
+            if key == "r5" and len(ids) > 1:
+                stage.tell(m.Score(request_id=key, ids=ids))
+            else:
+                stage.tell(submit(key, ids, new=9, n=2))
+        heard: list[m.FromManager] = []
+        for _ in range(RESTARTS):
+            for _ in range(rng.randint(1, 6)):
+                stage.work()
+            stage.die()
+            stage.manager.scheduler.check_integrity()
+            assert stage.queued() == 0, "a pass was planned for nobody"
+            stage.rise()
+        heard += stage.heard()
+        stage.manager.scheduler.check_integrity()
+        assert stage.manager.scheduler.idle
+        failed = {x.request_id: x.code for x in heard if isinstance(x, m.Failed)}
+        assert set(failed.values()) <= {"worker_failed"}
+        for key, ids in asked.items():
+            if key in failed:
+                continue
+            if key == "r5" and len(ids) > 1:
+                assert m.Scored(request_id=key, logprobs=expected_scores(ids), version=0) in heard
+                continue
+            for index in range(2):
+                assert ids_of(heard, key, index) == expected(ids, m.SamplingParams(max_tokens=9), index)
+
+
+def test_what_comes_while_the_worker_is_away_waits_and_what_asks_is_answered(stage: Stage) -> None:
+    stage.tell(submit("a", [1, 2, 3]))
+    stage.work()
+    stage.die()
+    stage.tell(submit("b", [1, 2, 3]), m.GetStats(request_id="s", check=True))
+    answers = [x for x in stage.heard() if isinstance(x, m.Stats)]
+    assert (answers[0].values["worker_up"], answers[0].values["worker_restarts"]) == (0.0, 1.0)
+    stage.rise()
+    heard = stage.heard()
+    assert ids_of(heard, "b") == expected([1, 2, 3], m.SamplingParams(max_tokens=6))
+
+
+def test_a_request_that_kills_fails_alone_after_two_deaths(stage: Stage) -> None:
+    """The worker dies whenever it is given a pass of this request; those that were in the same passes go on."""
+    prompts = {key: [1 + number, 2, 3] * 3 for number, key in enumerate(("a", "b", "deadly", "c", "d"))}
+    stage.tell(*(submit(key, ids) for key, ids in prompts.items()))
+    deaths = 0
+    while stage.manager.scheduler.in_flight:
+        (request,) = [r for k, r in stage.manager.scheduler.requests.items() if k == "deadly"] or [None]
+        slots = {choice.slot for choice in request.choices if choice.slot >= 0} if request is not None else set()
+        if any(sequence.slot in slots for sequence in stage.manager.scheduler.in_flight[0].decoding):
+            deaths += 1
+            stage.die()
+            stage.rise()
+        else:
+            stage.work()
+    heard = stage.heard()
+    assert deaths == 2
+    assert lost_codes(heard) == {"deadly": "worker_failed"}
+    for key in ("a", "b", "c", "d"):
+        assert ids_of(heard, key) == expected(prompts[key], m.SamplingParams(max_tokens=6))
+
+
+def test_a_request_that_gets_on_between_deaths_is_not_blamed(stage: Stage) -> None:
+    stage.tell(submit("a", [1, 2, 3], new=20))
+    for _ in range(RESTARTS):
+        stage.work()
+        stage.work()
+        stage.die()
+        stage.rise()
+    assert ids_of(stage.heard(), "a") == expected([1, 2, 3], m.SamplingParams(max_tokens=20))
+
+
+def test_a_new_worker_gets_the_weights_of_the_old_one_though_their_publisher_deleted_them(
+    stage: Stage, tmp_path: Path
+) -> None:
+    stage.checksums = {"A": "a", "B": "b", "C": "c"}
+    for number, (text, name) in enumerate((("A", ""), ("B", "x"), ("C", "x")), start=1):
+        source = publish(tmp_path / "published", text)
+        stage.tell(m.UpdateWeights(request_id="u", source=source, version=number, adapter=name))
+        assert isinstance(stage.heard()[-1], m.Updated)
+    for file in (tmp_path / "published").iterdir():
+        file.unlink()
+    assert len(list((tmp_path / "weights").iterdir())) == 2, "what is superseded is not removed"
+    stage.tell(submit("a", [1, 2, 3], new=9))
+    stage.work()
+    stage.die()
+    stage.rise()
+    heard = stage.heard()
+    loads = [order for order in stage.orders if isinstance(order, m.Load)]
+    assert [(load.adapter, load.version) for load in loads] == [("", 1), ("x", 3)]
+    assert stage.manager.up
+    assert not stage.manager.weights.lost
+    assert ids_of(heard, "a") == expected([1, 2, 3], m.SamplingParams(max_tokens=9))
+    stage.tell(m.UnloadAdapter(request_id="d", adapter="x"))
+    stage.heard()
+    assert len(list((tmp_path / "weights").iterdir())) == 1
+
+
+def lost_codes(heard: list[m.FromManager]) -> dict[str, str]:
+    return {x.request_id: x.code for x in heard if isinstance(x, m.Failed)}
+
+
+def test_weights_that_cannot_be_loaded_again_are_refused_until_they_are_published(stage: Stage, tmp_path: Path) -> None:
+    """Broadcast base weights, and an adapter whose kept files were changed: old weights are never served for new ones."""
+    broadcast = m.Broadcast(init_method="tcp://x:1", world_size=2, rank=1, backend="gloo", tensors=[])
+    adapter = publish(tmp_path / "x", "X")
+    stage.checksums = {"X": "x"}
+    stage.tell(m.UpdateWeights(request_id="u", source=adapter, version=1, adapter="x"))
+    stage.tell(m.UpdateWeights(request_id="u", source=broadcast, version=1))
+    stage.heard()
+    stage.tell(submit("a", [1, 2, 3]), submit("b", [1, 2, 3], adapter="x"))
+    stage.work()
+    stage.checksums = {"X": "changed"}
+    stage.die()
+    stage.rise()
+    heard = stage.heard()
+    assert lost_codes(heard) == {"a": "weights_lost", "b": "weights_lost"}
+    stage.tell(submit("c", [1, 2, 3]), m.Score(request_id="d", ids=[1, 2]), m.GetStats(request_id="s"))
+    heard = stage.heard()
+    assert lost_codes(heard) == {"c": "weights_lost", "d": "weights_lost"}
+    stats = next(x for x in heard if isinstance(x, m.Stats)).values
+    assert (stats["weights_lost"], stats["adapters_lost"]) == (1, 1)
+    stage.tell(m.UpdateWeights(request_id="u", source=broadcast, version=2))
+    stage.heard()
+    stage.tell(submit("e", [1, 2, 3]), submit("f", [1, 2, 3], adapter="x"))
+    heard = stage.heard()
+    assert lost_codes(heard) == {"f": "weights_lost"}
+    assert ids_of(heard, "e") == expected([1, 2, 3], m.SamplingParams(max_tokens=6))
+    stage.refuse = "no adapter 'x' is loaded"
+    stage.tell(m.UnloadAdapter(request_id="g", adapter="x"))
+    assert stage.heard() == [m.Done(request_id="g")]
+
+
+def test_a_checkpoint_that_has_changed_on_disk_is_not_served_for_the_old_one(stage: Stage) -> None:
+    stage.tell(submit("a", [1, 2, 3]))
+    stage.die()
+    stage.rise(msgspec.structs.replace(READY, checksum="other"))
+    assert lost_codes(stage.heard()) == {"a": "weights_lost"}
+    stage.die()
+    with pytest.raises(WorkerLost, match="another model"):
+        stage.rise(msgspec.structs.replace(READY, vocab_size=7))
+
+
+def test_an_update_during_which_the_worker_dies_is_repeated_once(stage: Stage, tmp_path: Path) -> None:
+    source = publish(tmp_path / "x", "X")
+    update = m.UpdateWeights(request_id="u", source=source, version=5)
+    stage.tell(update)
+    stage.die()
+    stage.rise()
+    assert isinstance(stage.heard()[-1], m.Updated)
+    stage.tell(msgspec.structs.replace(update, version=6))
+    stage.die()
+    stage.rise()
+    while stage.manager.control.under_way is None:
+        stage.work()
+    stage.die()
+    assert lost_codes(stage.heard()) == {"u": "worker_failed"}
+    stage.rise()
+    stage.tell(submit("a", [1, 2, 3]))
+    tokens = [x for x in stage.heard() if isinstance(x, m.Tokens)]
+    assert {version for x in tokens for version in x.versions} == {5}
+
+
+def test_a_broadcast_is_not_repeated(stage: Stage) -> None:
+    source = m.Broadcast(init_method="tcp://x:1", world_size=2, rank=1, backend="gloo", tensors=[])
+    stage.tell(m.UpdateWeights(request_id="u", source=source, version=5))
+    stage.die()
+    assert lost_codes(stage.heard()) == {"u": "worker_failed"}
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_a_worker_that_dies_asleep_is_replaced_by_one_that_sleeps(stage: Stage, level: int) -> None:
+    stage.tell(submit("a", [1, 2, 3]))
+    stage.work()
+    stage.tell(m.Sleep(request_id="s", level=level))
+    assert m.Done(request_id="s") in stage.heard()
+    stage.die()
+    stage.rise()
+    stage.heard()
+    assert stage.orders == [m.Release(weights=level == 2)]
+    stage.tell(m.Wake(request_id="w"))
+    stage.die()
+    stage.rise()
+    heard = stage.heard()
+    assert stage.orders == [m.Release(weights=level == 2), m.Reclaim()], "waking was not repeated"
+    assert m.Done(request_id="w") in heard
+    assert [x.finish_reason for x in heard if isinstance(x, m.Tokens)][-1] == "length"
+
+
+def test_a_worker_that_keeps_dying_is_given_up() -> None:
+    now = [0.0]
+    budget = RestartBudget(lambda: now[0])
+    for _ in range(3):
+        budget.ready()
+        now[0] += STEADY_S
+        assert [budget.spend() for _ in range(RESTARTS + 1)] == [True] * RESTARTS + [False]
+
+
+def test_a_worker_that_dies_before_it_is_ready_is_not_started_again(tmp_path: Path) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    worker = WorkerProcess(context, tmp_path, ["sh", "-c", "exit 3"])
+    worker.start()
+    engine = EngineConfig(ipc_dir=str(tmp_path), model_dir="", parent_pid=0)
+    with context.socket(zmq.PAIR) as web, pytest.raises(WorkerLost, match="code 3 before it was ready"):
+        Manager(engine, web, worker)
+    context.term()
+
+
+def test_an_adapter_in_shared_memory_is_kept_as_a_file(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from rollout_server.models.checksum import checksum
+    from rollout_server.weight_sources import open_source, publish_shared_memory
+
+    tensors = {
+        "b": torch.randn(3, 5).to(torch.bfloat16),
+        "a": torch.randn(7),
+        "none": torch.zeros(0, 4),
+        "half": torch.randn(2, 2).half(),
+    }
+    weights = KeptWeights(tmp_path / "weights", "base")
+    with publish_shared_memory(tensors, {"r": 2}) as source:
+        weights.loaded(source, "x", 3, checksum(tensors))
+    ((name, load),) = weights.begin("base")
+    assert (name, load.version) == ("x", 3)
+    kept = open_source(load.source)
+    assert kept.adapter_config == {"r": 2}
+    assert checksum(kept.tensors) == checksum(tensors)

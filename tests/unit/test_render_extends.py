@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from rollout_server.api.conversation import ConversationIndex, fingerprints
 from rollout_server.api.render import Renderer
-from rollout_server.api.tool_parsers import parse_reply
+from rollout_server.api.reply import gather
+from rollout_server.api.tool_formats import FORMATS
 from rollout_server.api.tool_prompt import Message, call_text
 from tests.unit.test_render import TOOL
 
@@ -40,12 +41,8 @@ def renderer(tiny_llama: Path) -> Renderer:
 
 
 def reply_message(text: str, call_id: str) -> Message:
-    content, calls = parse_reply(text, call_id)
-    return {
-        "role": "assistant",
-        "content": content,
-        **({"tool_calls": [c.as_openai() for c in calls]} if calls else {}),
-    }
+    reader = FORMATS["hermes"].parser(call_id, [TOOL])
+    return gather([*reader.feed(text), *reader.finish()]).as_message()
 
 
 def answers(reply: Message, text: str) -> list[Message]:

@@ -67,24 +67,29 @@ def test_chains_share_what_prompts_share(a: list[int], b: list[int]) -> None:
 
 @given(
     replicas=st.integers(1, 4),
-    steps=st.lists(st.tuples(st.integers(0, 4), st.integers(1, 16), st.booleans()), max_size=60),
+    steps=st.lists(
+        st.tuples(st.integers(0, 4), st.integers(1, 16), st.booleans(), st.sets(st.integers(0, 3))), max_size=60
+    ),
 )
-def test_any_traffic(replicas: int, steps: list[tuple[int, int, bool]]) -> None:
-    """The chosen one was within the bound and none within it knew more; what is released adds up to nothing."""
+def test_any_traffic(replicas: int, steps: list[tuple[int, int, bool, set[int]]]) -> None:
+    """The chosen one can serve and was within the bound, and none within it knew more; what is released adds up to nothing."""
     router = PrefixRouter(replicas, 50 * CHUNK)
     known: list[set[bytes]] = [set() for _ in range(replicas)]
     open_: list[Route] = []
-    for kind, sequences, ends in steps:
+    for kind, sequences, ends, down in steps:
+        up = [replica for replica in range(replicas) if replica not in down] or [0]
         prompt = [kind] * CHUNK * (kind + 1)
         chain = chunk_chain(prompt)
         loads = list(router.loads)
-        route = router.route(prompt, sequences)
-        bound = LOAD_FACTOR * (min(loads) + sequences) + LOAD_SLACK
-        assert loads[route.replica] + sequences <= bound or replicas == 1
-        for other in range(replicas):
-            if replicas > 1 and loads[other] + sequences <= bound:
+        route = router.route(prompt, sequences, among=up)
+        bound = LOAD_FACTOR * (min(loads[replica] for replica in up) + sequences) + LOAD_SLACK
+        assert route.replica in up
+        assert loads[route.replica] + sequences <= bound or len(up) == 1
+        for other in up:
+            if len(up) > 1 and loads[other] + sequences <= bound:
                 assert sum(key in known[other] for key in chain) * CHUNK <= route.matched
-        known[route.replica].update(chain)
+        if len(up) > 1:
+            known[route.replica].update(chain)
         open_.append(route)
         if ends:
             router.release(open_.pop(0))

@@ -4,18 +4,56 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rollout_server import messages as m
+from rollout_server.manager.masking import GrammarError
 from rollout_server.manager.refusal import Refused
 from rollout_server.manager.scheduler import Scheduler
-from tests.unit.shadow_worker import ShadowWorker, expected, expected_scores
+from tests.unit.shadow_worker import VOCABULARY, ShadowWorker, expected, expected_scores
 
 PAGE = 4
+
+
+@dataclass(frozen=True)
+class Steps:
+    """At least `least` and at most `most` ids, each `step` or less beyond the one before where that is no stop id.
+
+    After `fails` of them it is too much work.
+    """
+
+    step: int = 3
+    least: int = 0
+    most: int = 1000
+    fails: int = 1000
+    taken: list[int] = field(default_factory=list)
+
+    def allowed(self, stop_ids: Collection[int]) -> bytes:
+        if len(self.taken) >= self.fails:
+            raise GrammarError("too much work")
+        before = self.taken[-1] if self.taken else 0
+        words = set(range(1, VOCABULARY + 1)) - set(stop_ids)
+        following = {(before + by) % VOCABULARY + 1 for by in range(self.step)} & words or words
+        if self.ended:
+            following = set()
+        if len(self.taken) >= self.least:
+            following |= set(stop_ids)
+        return bytes([sum(1 << token for token in following)])
+
+    def take(self, token: int) -> None:
+        self.taken.append(token)
+
+    @property
+    def ended(self) -> bool:
+        return len(self.taken) >= self.most
+
+    def fork(self) -> Steps:
+        return replace(self, taken=list(self.taken))
 
 
 @dataclass
@@ -23,10 +61,12 @@ class Asked:
     prompt: list[int]
     sampling: m.SamplingParams | None
     n: int = 1
+    masker: Steps | None = None
     outputs: dict[int, list[int]] = field(default_factory=dict)
     versions: list[int] = field(default_factory=list)
     finished: set[int] = field(default_factory=set)
     scores: list[float] | None = None
+    cancelled: set[int] = field(default_factory=set)
     gone: bool = False
     """Cancelled or failed."""
 
@@ -43,11 +83,18 @@ class Engine:
         self.finish_order: list[str] = []
 
     def submit(
-        self, key: str, prompt: list[int], sampling: m.SamplingParams | None = None, *, new: int = 4, **more: int | str
+        self,
+        key: str,
+        prompt: list[int],
+        sampling: m.SamplingParams | None = None,
+        *,
+        new: int = 4,
+        masker: Steps | None = None,
+        **more: int | str,
     ) -> None:
         sampling = sampling or m.SamplingParams(max_tokens=new)
-        self.asked[key] = Asked(prompt, sampling, int(more.get("n", 1)))
-        self.scheduler.submit(key, prompt, sampling, **more)  # type: ignore[arg-type]
+        self.asked[key] = Asked(prompt, sampling, int(more.get("n", 1)), masker)
+        self.scheduler.submit(key, prompt, sampling, masker=masker, **more)  # type: ignore[arg-type]
 
     def score(self, key: str, ids: list[int]) -> None:
         self.asked[key] = Asked(ids, None)
@@ -69,6 +116,11 @@ class Engine:
         for reply in self.scheduler.apply(self.worker.execute(self.queue.popleft())):
             asked = self.asked[reply.request_id]
             assert not asked.gone, "an answer to a request that is gone"
+            if isinstance(reply, m.Failed):
+                assert reply.code == "grammar_failed"
+                asked.gone = True
+                continue
+            assert not isinstance(reply, m.Tokens) or reply.index not in asked.cancelled, "a cancelled choice sampled"
             if isinstance(reply, m.Scored):
                 asked.scores = reply.logprobs
                 self.finish_order.append(reply.request_id)
@@ -102,8 +154,9 @@ class Engine:
             if asked.sampling is None:
                 assert asked.scores == expected_scores(asked.prompt), key
                 continue
-            for index in range(asked.n):
-                assert asked.outputs.get(index) == expected(asked.prompt, asked.sampling, index), (key, index)
+            for index in set(range(asked.n)) - asked.cancelled:
+                masker = asked.masker.fork() if asked.masker else None
+                assert asked.outputs.get(index) == expected(asked.prompt, asked.sampling, index, masker), (key, index)
                 assert index in asked.finished
 
     def verify_no_leak(self) -> None:
@@ -144,9 +197,11 @@ class Engine:
         self.scheduler.sleep()
         self.worker.clear()
 
-    def cancel(self, key: str) -> None:
-        self.scheduler.cancel(key)
-        self.asked[key].gone |= len(self.asked[key].finished) < self.asked[key].n and self.asked[key].scores is None
+    def cancel(self, key: str, index: int | None = None) -> None:
+        self.scheduler.cancel(key, index)
+        asked = self.asked[key]
+        asked.cancelled |= {i for i in range(asked.n) if index in (None, i)} - asked.finished
+        asked.gone |= (asked.sampling is None or index is None) and bool(asked.cancelled) and asked.scores is None
 
     def _fail(self, failed: list[m.Failed]) -> None:
         for failure in failed:
@@ -194,7 +249,9 @@ def random_event(rng: random.Random, engine: Engine, number: int) -> None:
         )
         adapter = rng.choice(list(scheduler.versions))
         prompt, n, priority = prompt_of(rng, engine), rng.choice([1, 1, 2, 5]), rng.choice([0, 0, 1])
-        engine.submit(key, prompt, sampling, n=n, priority=priority, adapter=adapter)
+        least, flow = rng.randint(0, 5), rng.choice("xyz")
+        masker = rng.choice([None, None, Steps(2, least, least + 3), Steps(1), Steps(3, fails=least + 1)])
+        engine.submit(key, prompt, sampling, n=n, priority=priority, adapter=adapter, flow=flow, masker=masker)
     elif event == "score":
         engine.score(key, [rng.randint(1, 2) for _ in range(rng.randint(2, 30))])
     elif event == "plan":
@@ -202,7 +259,7 @@ def random_event(rng: random.Random, engine: Engine, number: int) -> None:
     elif event == "apply":
         engine.apply()
     elif event == "cancel" and live:
-        engine.cancel(rng.choice(live))
+        engine.cancel(rng.choice(live), rng.choice([None, 0, 1, 4]))
     elif event == "update":
         adapter = rng.choice(list(scheduler.versions))
         engine.update(adapter, scheduler.versions[adapter] + 1, running=rng.choice(modes))
@@ -374,6 +431,101 @@ def test_first_come_first_served_within_a_priority() -> None:
         engine.submit(str(i), [i + 1] * (9 - i), new=2, priority=1 - i % 2)
     engine.run()
     assert engine.finish_order == ["1", "3", "5", "0", "2", "4"]
+
+
+def test_a_flood_of_one_flow_does_not_delay_another() -> None:
+    """Three flows of 100 requests each, and then one request of a fourth: it is among the next few."""
+    engine = Engine(max_batch=1)
+    for i in range(100):
+        for flow in "abc":
+            engine.submit(f"{flow} {i}", [1, 2], new=1, flow=flow)
+    for _ in range(30):
+        engine.plan()
+        engine.apply()
+    engine.submit("late", [1, 2], new=1, flow="d")
+    engine.run()
+    assert engine.finish_order.index("late") <= 30 + 4
+    assert [key for key in engine.finish_order if key[0] == "a"] == [f"a {i}" for i in range(100)]
+
+
+def test_choices_of_two_floods_stay_together() -> None:
+    """Choices of a request draw from one row's logits: they must not take turns with those of another flow."""
+    engine = Engine(max_batch=16, max_step_tokens=200, pages=400)
+    for i in range(6):
+        for flow in "ab":
+            engine.submit(f"{flow} {i}", [1, 2, 3, ord(flow), i], new=3, n=8, flow=flow)
+    engine.run()
+    engine.verify()
+    assert engine.scheduler.counters.recomputed_tokens == 0
+    unique_tokens(engine)
+
+
+@pytest.mark.parametrize("lookahead", [0, 2])
+@pytest.mark.parametrize("stop_ids", [(), (1, 2)])
+def test_what_is_drawn_fits_the_grammar(lookahead: int, stop_ids: tuple[int, ...]) -> None:
+    """Beside sequences without one, in too little memory, and with equal prompts under other grammars."""
+    engine = Engine(pages=24, lookahead=lookahead)
+    sampling = m.SamplingParams(max_tokens=20, stop_ids=stop_ids)
+    for i in range(6):
+        engine.submit(f"free {i}", [1, 2, 3, 4, 5], sampling)
+        engine.submit(f"masked {i}", [1, 2, 3, 4, 5], sampling, n=3, masker=Steps(2, least=i, most=2 * i + 3))
+    engine.run()
+    engine.verify()
+    engine.verify_no_leak()
+
+
+def test_a_grammar_that_has_ended_ends_the_choice_without_another_draw() -> None:
+    engine = Engine(lookahead=1)
+    engine.submit("a", [1, 2, 3], new=9, masker=Steps(most=4))
+    engine.run()
+    assert len(engine.asked["a"].outputs[0]) == 4
+    assert engine.scheduler.counters.steps == 4
+    engine.verify_no_leak()
+
+
+def test_a_grammar_that_fails_fails_its_request_and_no_other() -> None:
+    engine = Engine(lookahead=1)
+    engine.submit("bad", [1, 2, 3], new=9, n=3, masker=Steps(fails=3))
+    engine.submit("good", [1, 2, 3], new=9, n=2, masker=Steps())
+    engine.run()
+    assert engine.asked["bad"].gone
+    engine.verify()
+    engine.verify_no_leak()
+    assert engine.scheduler.stats()["grammar_failures"] == 1
+    with pytest.raises(Refused, match="too much work") as refused:
+        engine.scheduler.submit("worse", [1], m.SamplingParams(max_tokens=4), masker=Steps(fails=0))
+    assert refused.value.code == "grammar_failed"
+    assert not engine.scheduler.requests
+
+
+def test_one_choice_is_cancelled_and_its_pages_are_free_at_once() -> None:
+    engine = Engine(lookahead=0)
+    engine.submit("a", [1, 2, 3, 4, 5, 6], new=12, n=3)
+    for _ in range(7):
+        engine.plan()
+        engine.apply()
+    running = {sequence.index: sequence for sequence in engine.scheduler.running}
+    own = running[1].pages[1:]
+    engine.cancel("a", 1)
+    assert not any(engine.scheduler.memory.pool.holders(page) for page in own)
+    assert [sequence.index for sequence in engine.scheduler.running] == [0, 2]
+    engine.run()
+    engine.verify()
+    engine.cancel("a", 0)
+    engine.verify_no_leak()
+    assert not engine.scheduler.requests
+
+
+def test_a_request_whose_choices_are_all_cancelled_is_forgotten() -> None:
+    engine = Engine(max_batch=1)
+    engine.submit("a", [1, 2, 3], n=3)
+    engine.plan()
+    for index in (2, 0, 1, 7):
+        engine.cancel("a", index)
+    assert not engine.scheduler.requests
+    engine.drain()
+    engine.verify_no_leak()
+    assert engine.scheduler.stats()["waiting_tokens"] == 0
 
 
 def test_low_priorities_do_not_starve() -> None:

@@ -1,17 +1,14 @@
-"""Admission's parts against oracles: the event simulation, the length predictor, the queue."""
+"""Admission's parts against oracles: the event simulation, the length predictor."""
 
 from __future__ import annotations
 
-import random
 from math import sqrt
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rollout_server.manager.admission import Demand, peak_pages
-from rollout_server.manager.sequence import Request, Sequence
 from rollout_server.manager.stopping import BINS, CAUTION, WINDOW, LengthPredictor
-from rollout_server.manager.waiting import AGING, WaitingQueue
 
 PAGE = 4
 
@@ -82,41 +79,3 @@ def test_old_lengths_are_forgotten() -> None:
     for length in [1000] * 100 + [10] * WINDOW:
         predictor.finished(length, 1000)
     assert predictor.remaining(0, 1000) < 60
-
-
-def waiting(number: int, priority: int) -> Sequence:
-    return Sequence(number=number, request=Request(str(number)), ids=[1], sampling=None, priority=priority)
-
-
-@given(st.integers(0, 2**32))
-def test_the_queue_is_fair(seed: int) -> None:
-    """In order of arrival within a priority; of priorities, the best goes first unless another is due."""
-    rng = random.Random(seed)
-    queue = WaitingQueue()
-    inside: list[Sequence] = []
-    for number in range(60):
-        if rng.random() < 0.6:
-            inside.append(waiting(number, rng.randrange(3)))
-            queue.push(inside[-1])
-        elif inside and rng.random() < 0.3:
-            gone = inside.pop(rng.randrange(len(inside)))
-            gone.ended = True
-            queue.discard(gone)
-        elif inside:
-            first = min(inside, key=lambda s: (s.priority, s.number))
-            assert queue.head() is first
-            assert queue.pop() is first
-            inside.remove(first)
-            if rng.random() < 0.3:  # preempted at once
-                queue.push(first)
-                inside.append(first)
-        assert len(queue) == len(inside)
-
-
-def test_who_was_passed_over_often_enough_is_next() -> None:
-    queue = WaitingQueue()
-    queue.push(waiting(0, 9))
-    for number in range(1, AGING + 5):
-        queue.push(waiting(number, 0))
-    order = [queue.pop().number for _ in range(AGING + 2)]
-    assert order.index(0) == AGING

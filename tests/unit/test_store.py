@@ -30,6 +30,8 @@ def full_call(**values):
             "logprobs": [-0.1, math.nextafter(-1.0, 0)],
             "versions": [3, 4],
             "parent_id": "p",
+            "relation": "edit",
+            "parted_at": 2,
             "span_id": "s",
             "experts": b"\x00\x01",
             "cached_tokens": 2,
@@ -280,6 +282,23 @@ def test_a_url_names_the_same_file(tmp_path):
         store.begin(make_start())
     with Store.open(str(path)) as store:
         assert store.start_of("e") == make_start()
+
+
+def test_a_file_of_the_first_version_is_brought_up_to_date(tmp_path):
+    path = tmp_path / "episodes.db"
+    with Store.open(path) as store:
+        store.begin(make_start())
+        store.add_call(full_call(relation="root", parted_at=None))
+        with store._writer.begin() as connection:
+            for column in ("relation", "parted_at"):
+                connection.exec_driver_sql(f"ALTER TABLE calls DROP COLUMN {column}")
+            connection.exec_driver_sql("PRAGMA user_version = 1")
+    for _ in range(2):
+        with Store.open(path) as store:
+            assert store.episode("e").calls[0] == full_call(relation="root", parted_at=None)
+    with Store.open(path) as store:
+        store.add_call(full_call(id="second"))
+        assert store.episode("e").calls[1] == full_call(id="second")
 
 
 def test_another_version_of_the_schema_is_refused(tmp_path):

@@ -437,8 +437,9 @@ def test_the_process_answers_in_order(model: Path, adapters: dict[str, Path], tm
         host_kv_tokens=64,
     )  # fmt: skip
     with zmq.Context.instance().socket(zmq.PAIR) as socket:
-        socket.bind(f"ipc://{tmp_path}/worker.ipc")
-        thread = threading.Thread(target=serve, args=(engine,), daemon=True)
+        address = f"ipc://{tmp_path}/worker.ipc"
+        socket.bind(address)
+        thread = threading.Thread(target=serve, args=(engine, address), daemon=True)
         thread.start()
 
         def receive() -> m.FromWorker:

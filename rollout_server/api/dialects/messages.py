@@ -1,0 +1,101 @@
+"""`POST /v1/messages` and `/v1/messages/count_tokens`: Anthropic's dialect, for harnesses that speak only that."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from rollout_server.api.dialects.fields import renamed
+from rollout_server.api.dialects.messages_request import MessagesRequest, parse_count, parse_messages
+from rollout_server.api.dialects.messages_stream import (
+    MessageEvents,
+    anthropic_error,
+    anthropic_usage,
+    content_blocks,
+    stop_reason,
+)
+from rollout_server.api.errors import ApiError
+from rollout_server.api.exchange import Services, unless_gone
+from rollout_server.api.render import RenderError
+from rollout_server.api.turn_run import Finished, Step, TurnRun, begin
+from rollout_server.api.wire import json_body, json_response, named_event_stream
+
+_NAMES_HERE = {
+    r"^response_format$": "output_config.format",
+    r"^(tools\.\d+)\.function\.parameters": r"\1.input_schema",
+    r"^(tools\.\d+)\.function": r"\1",
+}
+
+
+async def create_message(services: Services, http: Request, episode_id: str | None) -> Response:
+    body = await json_body(http)
+    request = parse_messages(body)
+    try:
+        run = await begin(services, http, episode_id, request.turn(), body)
+    except ApiError as error:
+        raise renamed(error, _NAMES_HERE) from error
+    if not request.stream:
+        (finished,) = await run.whole()
+        return json_response(_whole(request, run, finished))
+    steps = run.steps()
+    first = await unless_gone(http, anext(steps))  # errors before it still get a status of their own
+    return named_event_stream(_events(request, run, first, steps), anthropic_error)
+
+
+async def count_tokens(services: Services, http: Request, episode_id: str | None) -> Response:
+    """Of the conversation rendered whole."""
+    request = parse_count(await json_body(http))
+    services.adapter(request.model)
+    await services.text_size.check_parts(http, request.model_dump(), "messages")
+    messages = request.conversation()
+    request.continues(messages)
+    try:
+        ids = services.renderer.prompt(messages, request.tool_definitions(), request.template_options())
+    except RenderError as error:
+        raise ApiError(400, str(error), param="messages", code="invalid_messages") from error
+    return json_response({"input_tokens": len(ids)})
+
+
+def _whole(request: MessagesRequest, run: TurnRun, finished: Finished) -> dict[str, Any]:
+    return {**_message(run), "content": content_blocks(finished.reply.parts), **_end(request, run, finished)}
+
+
+def _end(request: MessagesRequest, run: TurnRun, finished: Finished) -> dict[str, Any]:
+    reason, sequence = stop_reason(finished, request.stops)
+    told = {"stop_reason": reason, "stop_sequence": sequence, "stop_details": None}
+    return {**told, "usage": anthropic_usage(run.usage())}
+
+
+def _message(run: TurnRun) -> dict[str, Any]:
+    """While nothing is said yet."""
+    return {
+        "id": f"msg_{run.id}",
+        "type": "message",
+        "role": "assistant",
+        "model": run.model,
+        "content": [],
+        "stop_reason": None,
+        "stop_sequence": None,
+        "stop_details": None,
+    }
+
+
+async def _events(
+    request: MessagesRequest, run: TurnRun, first: Step, rest: AsyncIterator[Step]
+) -> AsyncIterator[dict[str, Any]]:
+    yield {"type": "message_start", "message": {**_message(run), "usage": anthropic_usage(run.usage())}}
+    writer, finished = MessageEvents(), first.finished
+    for event in writer.step(first):
+        yield event
+    async for step in rest:
+        for event in writer.step(step):
+            yield event
+        finished = step.finished
+    assert finished is not None
+    end = _end(request, run, finished)
+    usage = end.pop("usage")
+    yield {"type": "message_delta", "delta": end, "usage": usage}
+    yield {"type": "message_stop"}

@@ -1,0 +1,133 @@
+"""What the server takes on at most, and who is refused when it is full.
+
+`Limits` are the settings; `Admission` counts what waits and what runs, and refuses with a typed error before anything is sent to
+the engine: 429 to one flow that has too much under way, 503 to anybody when too much waits, both with `Retry-After`. Its tables
+hold what is under way and nothing else. Who goes first among those admitted is the manager's business.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from msgspec import Struct
+
+from rollout_server.api.errors import ApiError
+
+RETRY_AFTER_S = 1
+
+
+class Limits(Struct, frozen=True, kw_only=True):
+    """The defaults leave room for thousands of agents at once, and end what nobody would end."""
+
+    body_bytes: int = 32 * 2**20
+    """Of one request's body."""
+    bodies_bytes: int = 2**30
+    """Of the bodies of all requests under way."""
+    queued_requests: int = 8192
+    """Choices of requests without a first token yet."""
+    queued_tokens: int = 16_000_000
+    """Prompt tokens of requests without a first token yet: about 40 bytes each, here and in the manager."""
+    flow_requests: int = 2048
+    """Requests under way of one flow: of one episode, or one key from one address."""
+    request_timeout_s: float = 3600.0
+    """From the request's head to the last byte of its answer."""
+    read_timeout_s: float = 60.0
+    """For a request to arrive whole."""
+    write_timeout_s: float = 60.0
+    """For a client to take up what stands in its way."""
+    connections: int = 8192
+
+
+class Admission:
+    """Single-threaded: use it from one event loop."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self.queued_requests = 0
+        """Choices of requests without a first token."""
+        self.queued_tokens = 0
+        self.running_requests = 0
+        """Choices of requests with a first token."""
+        self._of_flow: dict[str, int] = {}
+
+    @property
+    def flows(self) -> int:
+        """How many have something under way."""
+        return len(self._of_flow)
+
+    def enter(self, flow: str, choices: int, prompt_tokens: int) -> Ticket:
+        """`prompt_tokens` are counted once for all choices of a prompt. The ticket is left again, by `with` or `leave`.
+
+        Raises:
+            ApiError: 429 for too many requests of the flow, 503 when too much waits. An empty queue takes anything.
+        """
+        limits = self._limits
+        if self._of_flow.get(flow, 0) >= limits.flow_requests:
+            raise ApiError(
+                429,
+                f"{limits.flow_requests} requests of this client are under way, and it may have no more",
+                code="rate_limit_exceeded",
+                retry_after=RETRY_AFTER_S,
+            )
+        if self.queued_requests and (
+            self.queued_requests + choices > limits.queued_requests
+            or self.queued_tokens + prompt_tokens > limits.queued_tokens
+        ):
+            raise ApiError(
+                503,
+                f"the server is full: {self.queued_requests} requests with {self.queued_tokens} prompt tokens wait",
+                code="queue_full",
+                retry_after=RETRY_AFTER_S,
+            )
+        return Ticket(self, flow, choices, prompt_tokens)
+
+    def count(self, flow: str, requests: int) -> None:
+        held = self._of_flow.get(flow, 0) + requests
+        if held:
+            self._of_flow[flow] = held
+        else:
+            del self._of_flow[flow]
+
+
+class Ticket:
+    """One admitted request: it waits until `began`, and is under way until `leave`. Both are idempotent."""
+
+    def __init__(self, admission: Admission, flow: str, choices: int, prompt_tokens: int) -> None:
+        self._admission: Admission | None = admission
+        self._flow = flow
+        self._choices = choices
+        self._prompt_tokens = prompt_tokens
+        self._waits = True
+        admission.count(flow, 1)
+        admission.queued_requests += choices
+        admission.queued_tokens += prompt_tokens
+
+    def began(self) -> None:
+        """Its first token is there."""
+        if self._waits and self._admission is not None:
+            self._end_wait(self._admission)
+            self._admission.running_requests += self._choices
+
+    def leave(self) -> None:
+        admission, self._admission = self._admission, None
+        if admission is None:
+            return
+        if self._waits:
+            self._end_wait(admission)
+        else:
+            admission.running_requests -= self._choices
+        admission.count(self._flow, -1)
+
+    def _end_wait(self, admission: Admission) -> None:
+        self._waits = False
+        admission.queued_requests -= self._choices
+        admission.queued_tokens -= self._prompt_tokens
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.leave()

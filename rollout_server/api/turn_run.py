@@ -1,0 +1,245 @@
+"""One turn on its way through the server, for every dialect that speaks in messages: rendered, constrained, sampled, read.
+
+    run = await begin(services, http, episode_id, turn, body)
+    finished = await run.whole()                   # or, streamed:
+    async for step in run.steps(): ...
+
+`begin` raises ApiError for everything that can be known before a token is sampled. Whatever a dialect does with the steps, each
+choice is recorded before its last step is handed on, and remembered so that the next turn extends it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+
+from rollout_server.api.choice import Choice, Piece
+from rollout_server.api.detokenize import Detokenizer
+from rollout_server.api.errors import ApiError
+from rollout_server.api.exchange import Exchange, Plan, Reading, Services, finish_reason, unless_gone
+from rollout_server.api.grammars import constraint_grammar, require_servable, turn_grammar
+from rollout_server.api.reasoning import ReasoningReader
+from rollout_server.api.recorder import EpisodeLog
+from rollout_server.api.render import RenderError
+from rollout_server.api.reply import PlainReader, Reader, Reply, ReplyEvent, gather
+from rollout_server.api.turn import Constraint, Message, Turn
+from rollout_server.grammar import Grammars
+from rollout_server.manager.masking import GrammarError
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens. The prompt counts once for all choices."""
+
+    prompt: int
+    completion: int
+    cached: int
+    """Of the prompt: keys and values were kept from earlier requests."""
+    reasoning: int
+    """Of the completion: up to the end of its reasoning."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One choice at its end."""
+
+    index: int
+    reply: Reply
+    finish_reason: str
+    """`stop`, `length`, `tool_calls` or `abort`."""
+    stop: str | None
+    """The stop string that ended it."""
+    choice: Choice
+    """Ids, log-probs, versions."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one choice said since its last step."""
+
+    index: int
+    events: list[ReplyEvent]
+    piece: Piece | None
+    """The tokens that came; their text need not be in these events, a reader may hold it back. None on the last step."""
+    finished: Finished | None
+    """On the last step of a choice."""
+
+
+class TurnRun:
+    def __init__(
+        self, services: Services, http: Request, log: EpisodeLog | None, turn: Turn, body: Mapping[str, Any]
+    ) -> None:
+        """Raises ApiError when the model is not served here, or the template refuses the messages."""
+        self._services, self._http, self._turn = services, http, turn
+        self._exchange = Exchange(services, http, log, turn.model, turn.sampling, body, self._record)
+        try:
+            self._prompt = services.conversations.prompt(
+                self._exchange.scope, turn.messages, turn.tools, turn.template_options, turn.continues
+            )
+        except RenderError as error:
+            raise ApiError(400, str(error), param="messages", code="invalid_messages") from error
+        reasoning, ends_with = services.reasoning, services.renderer.ends_with
+        self._opened = reasoning is not None and ends_with(self._prompt.ids, reasoning.open)
+        self._reasons = reasoning is not None and not ends_with(self._prompt.ids, reasoning.close)
+
+    @property
+    def id(self) -> str:
+        """32 hexadecimal digits."""
+        return self._exchange.id
+
+    @property
+    def created(self) -> int:
+        """Seconds since the epoch."""
+        return self._exchange.created
+
+    @property
+    def model(self) -> str:
+        """The name of what answers, whatever alias the client used."""
+        return self._exchange.model
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        return self._prompt.ids
+
+    async def admit(self) -> None:
+        """Raises ApiError when the turn cannot be sampled: its prompt is too long, its grammar cannot be served."""
+        turn, services, form = self._turn, self._services, self._services.tool_format
+        grammar = turn_grammar(
+            turn,
+            form,
+            services.reasoning if self._reasons else None,
+            reasoning_opened=self._opened,
+            special_ids=services.special_ids,
+        )
+        if grammar is not None and not _is_known(services.grammars, grammar):
+            await asyncio.to_thread(require_servable, turn, grammar, services.grammars.check)
+        reading = Reading(
+            grammar=grammar or "",
+            inclusive_stops=(form.closes,) if self._one_call_only and form.closes else (),
+            shown=services.shown_ids(tools=turn.reads_tools),
+        )
+        self._exchange.admit([self._prompt], reading)
+        self._exchange.note_tool_results(turn.messages)
+
+    def withdraw(self) -> None:
+        """The turn was not admitted: the next one like it is the first."""
+        self._services.conversations.withdraw(self._prompt)
+
+    async def whole(self) -> list[Finished]:
+        """All choices, in order. Raises ClientGone if the client leaves first."""
+
+        async def collect() -> list[Finished]:
+            return [
+                self._finish(plan) async for plan, piece in self._exchange.events(reads_along=False) if piece is None
+            ]
+
+        finished = await unless_gone(self._http, collect())
+        return sorted(finished, key=lambda choice: choice.index)
+
+    async def steps(self) -> AsyncIterator[Step]:
+        """The first step is awaited before anything is sent, so that errors before it have a status of their own:
+        `first = await unless_gone(http, anext(steps))`."""
+        readers = [self._reader(plan) for plan in self._exchange.plans]
+        async for plan, piece in self._exchange.events(reads_along=True):
+            reader = readers[plan.index]
+            if piece is not None:
+                yield Step(plan.index, reader.feed(piece.text), piece, None)
+            else:
+                yield Step(plan.index, reader.finish(), None, self._finish(plan))
+
+    def usage(self) -> Usage:
+        choices = [plan.choice for plan in self._exchange.plans]
+        return Usage(
+            prompt=len(self._prompt.ids),
+            completion=sum(len(choice.ids) for choice in choices),
+            cached=choices[0].cached_tokens,
+            reasoning=sum(self._reasoning_tokens(choice) for choice in choices),
+        )
+
+    @property
+    def _one_call_only(self) -> bool:
+        return self._turn.reads_tools and not self._turn.parallel_tool_calls
+
+    def _reader(self, plan: Plan) -> Reader:
+        turn, reasoning = self._turn, self._services.reasoning
+        reader: Reader = PlainReader()
+        if turn.reads_tools:
+            reader = self._services.tool_format.parser(plan.call_id, turn.tools)
+        return ReasoningReader(reader, reasoning, self._opened) if reasoning is not None else reader
+
+    def _read(self, plan: Plan) -> Reply:
+        reader = self._reader(plan)
+        return gather([*reader.feed(plan.choice.text), *reader.finish()])
+
+    def _record(self, plan: Plan) -> Message:
+        return self._read(plan).as_message()
+
+    def _finish(self, plan: Plan) -> Finished:
+        """Its reply can be extended from the moment on that the client knows it."""
+        reply, choice, turn = self._read(plan), plan.choice, self._turn
+        self._services.conversations.remember(
+            self._exchange.scope,
+            turn.messages,
+            reply.as_message(),
+            turn.tools,
+            choice.prompt_ids + choice.ids,
+            plan.call_id,
+            turn.template_options,
+            turn.continues,
+        )
+        return Finished(plan.index, reply, finish_reason(choice, bool(reply.tool_calls)), choice.stop, choice)
+
+    def _reasoning_tokens(self, choice: Choice) -> int:
+        reasoning = self._services.reasoning
+        if reasoning is None or not (self._opened or reasoning.open in choice.text):
+            return 0
+        decoder, text = Detokenizer(self._services.renderer.tokenizer), ""
+        for count, token in enumerate(choice.ids, 1):
+            text = (text + decoder.feed(token))[-256:]
+            if reasoning.close in text:
+                return count
+        return len(choice.ids) if self._opened else 0
+
+
+async def constraint_reading(services: Services, constraint: Constraint | None, param: str) -> Reading:
+    """For text that no template opens. Raises ApiError, naming `param`, when the constraint cannot be served."""
+    if constraint is None:
+        return Reading()
+    grammar = constraint_grammar(constraint, param)
+    await check_grammar(services, grammar, param)
+    return Reading(grammar=grammar)
+
+
+def _is_known(grammars: Grammars, grammar: str) -> bool:
+    """Whether it has been compiled, and can be served."""
+    try:
+        return grammars.kept(grammar) is not None
+    except GrammarError:
+        return False
+
+
+async def check_grammar(services: Services, grammar: str, param: str) -> None:
+    """Raises ApiError when it cannot be served; `param` is the field that it was made of."""
+    if _is_known(services.grammars, grammar):
+        return
+    wrong = await asyncio.to_thread(services.grammars.check, grammar)
+    if wrong is not None:
+        raise ApiError(400, f"{param} cannot be served: {wrong}", param=param, code="invalid_grammar")
+
+
+async def begin(
+    services: Services, http: Request, episode_id: str | None, turn: Turn, body: Mapping[str, Any]
+) -> TurnRun:
+    """Raises ApiError for whatever keeps the turn from being sampled."""
+    await services.text_size.check_parts(http, [turn.messages, turn.tools, dict(turn.template_options)], "messages")
+    run = TurnRun(services, http, await services.episode(episode_id), turn, body)
+    try:
+        await run.admit()
+    except ApiError:
+        run.withdraw()
+        raise
+    return run

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -345,6 +346,20 @@ def test_what_comes_while_the_worker_is_away_waits_and_what_asks_is_answered(sta
     stage.rise()
     heard = stage.heard()
     assert ids_of(heard, "b") == expected([1, 2, 3], m.SamplingParams(max_tokens=6))
+
+
+def test_the_manager_does_not_wait_for_a_worker_or_a_web_process_that_has_just_gone(stage: Stage) -> None:
+    stage.worker.close(0)
+    time.sleep(0.2)
+    stage.tell(submit("a", [1, 2, 3]))
+    assert stage.queued() == 2
+    stage.die()
+    stage.rise()
+    stage.web.close(0)
+    assert stage.work()
+    time.sleep(0.2)
+    while stage.work():
+        pass
 
 
 def test_a_request_that_kills_fails_alone_after_two_deaths(stage: Stage) -> None:

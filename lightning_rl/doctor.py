@@ -15,7 +15,18 @@ from typing import Any
 
 EXTRAS = {
     "core": ["msgspec", "pydantic", "pyyaml", "rich", "sqlalchemy"],
-    "server": ["torch", "transformers", "tokenizers", "safetensors", "gguf", "starlette", "uvicorn", "pyzmq", "jinja2", "llguidance"],
+    "server": [
+        "torch",
+        "transformers",
+        "tokenizers",
+        "safetensors",
+        "gguf",
+        "starlette",
+        "uvicorn",
+        "pyzmq",
+        "jinja2",
+        "llguidance",
+    ],
     "train": ["deepspeed", "trl", "peft", "accelerate", "datasets", "openai", "wandb", "matplotlib"],
     "langchain": ["langchain", "langchain-openai", "langgraph"],
     "autogen": ["autogen-agentchat", "autogen-ext"],

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from lightning_rl.errors import ServerError
 
 if TYPE_CHECKING:
-    from rollout_server.api.limits import Limits
+    from rollout_server.api.front.limits import Limits
     from rollout_server.launch import RolloutServer
 
 Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
@@ -172,7 +172,7 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 def _limits(args: argparse.Namespace) -> Limits:
-    from rollout_server.api.limits import Limits
+    from rollout_server.api.front.limits import Limits
 
     given = {"queued_requests": args.max_queue, "request_timeout_s": args.request_timeout}
     for name, value in given.items():

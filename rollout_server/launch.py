@@ -32,7 +32,7 @@ from rollout_server.config import EngineConfig
 from rollout_server.manager.worker_process import EPITAPH, PID_FILE
 
 if TYPE_CHECKING:
-    from rollout_server.api.limits import Limits
+    from rollout_server.api.front.limits import Limits
 
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 6.0

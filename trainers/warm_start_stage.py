@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from lightning_rl.errors import LightningError
-from rollout_server.api.render import Renderer, render_demonstration
+from rollout_server.api.rendering.render import Renderer, render_demonstration
 from trainers.session import Session
 from trainers.warm_start import Demonstration, WarmStartConfig
 

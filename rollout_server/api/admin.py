@@ -18,8 +18,8 @@ from starlette.responses import Response
 
 from rollout_server import messages as m
 from rollout_server.api.errors import ApiError
-from rollout_server.api.exchange import Services
-from rollout_server.api.wire import json_body, json_response
+from rollout_server.api.front.wire import json_body, json_response
+from rollout_server.api.services import Services
 
 T = TypeVar("T")
 

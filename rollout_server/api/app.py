@@ -19,24 +19,24 @@ from starlette.routing import Route as WebRoute
 
 from lightning_rl.errors import ServerError
 from lightning_rl.store import Store
-from rollout_server.api.access import Access, Keys, Origins
 from rollout_server.api.config import WebConfig
-from rollout_server.api.conversation import ConversationIndex
 from rollout_server.api.dialects.response_store import ResponseStore
-from rollout_server.api.endpoint import Bodies, Endpoint, Handler, House, Shape
-from rollout_server.api.engine_client import EngineClient
+from rollout_server.api.engine.engine_client import EngineClient
+from rollout_server.api.engine.replicas import Replicas
 from rollout_server.api.errors import ApiError
-from rollout_server.api.exchange import Services
-from rollout_server.api.limits import Admission
-from rollout_server.api.metrics import Metrics
-from rollout_server.api.openapi import describing
-from rollout_server.api.reasoning import REASONING_FORMATS, ReasoningFormat, detect_reasoning
+from rollout_server.api.front.access import Access, Keys, Origins
+from rollout_server.api.front.endpoint import Bodies, Endpoint, Handler, House, Shape
+from rollout_server.api.front.limits import Admission
+from rollout_server.api.front.metrics import Metrics
+from rollout_server.api.front.openapi import describing
+from rollout_server.api.front.routes import ROUTES, Route
+from rollout_server.api.front.text_size import TextSize
 from rollout_server.api.recorder import Recorder
-from rollout_server.api.render import Renderer
-from rollout_server.api.replicas import Replicas
-from rollout_server.api.routes import ROUTES, Route
-from rollout_server.api.text_size import TextSize
-from rollout_server.api.tool_formats import FORMATS, ToolFormat, detect
+from rollout_server.api.rendering.conversation import ConversationIndex
+from rollout_server.api.rendering.render import Renderer
+from rollout_server.api.replies.reasoning import REASONING_FORMATS, ReasoningFormat, detect_reasoning
+from rollout_server.api.replies.tool_formats import FORMATS, ToolFormat, detect
+from rollout_server.api.services import Services
 from rollout_server.grammar import Grammars
 
 T = TypeVar("T")

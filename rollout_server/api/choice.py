@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from tokenizers import Tokenizer
 
 from rollout_server import messages as m
-from rollout_server.api.detokenize import Detokenizer, StopFinder
-from rollout_server.api.engine_client import Stream
+from rollout_server.api.engine.engine_client import Stream
 from rollout_server.api.errors import EngineError
+from rollout_server.api.replies.detokenize import Detokenizer, StopFinder
 
 
 @dataclass(frozen=True)

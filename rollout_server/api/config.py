@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from rollout_server.api.errors import ApiError
-from rollout_server.api.limits import Limits
+from rollout_server.api.front.limits import Limits
 
 
 class WebConfig(Struct, frozen=True, kw_only=True):

@@ -18,9 +18,9 @@ from starlette.applications import Starlette
 from lightning_rl.lifetime import die_with_parent
 from rollout_server.api.app import build_app
 from rollout_server.api.config import WebConfig, read_web_config
-from rollout_server.api.connections import guarded, make_room
-from rollout_server.api.draining import Door
-from rollout_server.api.exchange import Services
+from rollout_server.api.front.connections import guarded, make_room
+from rollout_server.api.front.draining import Door
+from rollout_server.api.services import Services
 
 
 class WebServer(uvicorn.Server):

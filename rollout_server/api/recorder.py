@@ -19,7 +19,7 @@ from lightning_rl.episode import Call, Sampling, Span
 from lightning_rl.errors import StoreError
 from lightning_rl.store import Store
 from rollout_server.api.errors import ApiError
-from rollout_server.api.tool_prompt import Message, parsed_arguments
+from rollout_server.api.rendering.tool_prompt import Message, parsed_arguments
 
 T = TypeVar("T")
 

@@ -18,14 +18,15 @@ from typing import Any
 from starlette.requests import Request
 
 from rollout_server.api.choice import Choice, Piece
-from rollout_server.api.detokenize import Detokenizer
 from rollout_server.api.errors import ApiError
-from rollout_server.api.exchange import Exchange, Plan, Reading, Services, finish_reason, unless_gone
-from rollout_server.api.grammars import constraint_grammar, require_servable, turn_grammar
-from rollout_server.api.reasoning import ReasoningReader
+from rollout_server.api.exchange import Exchange, Plan, Reading, finish_reason, unless_gone
 from rollout_server.api.recorder import EpisodeLog
-from rollout_server.api.render import RenderError
-from rollout_server.api.reply import PlainReader, Reader, Reply, ReplyEvent, gather
+from rollout_server.api.rendering.render import RenderError
+from rollout_server.api.replies.detokenize import Detokenizer
+from rollout_server.api.replies.grammars import constraint_grammar, require_servable, turn_grammar
+from rollout_server.api.replies.reasoning import ReasoningReader
+from rollout_server.api.replies.reply import PlainReader, Reader, Reply, ReplyEvent, gather
+from rollout_server.api.services import Services
 from rollout_server.api.turn import Constraint, Message, Turn
 from rollout_server.grammar import Grammars
 from rollout_server.manager.masking import GrammarError

@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 
 from rollout_server import messages as m
-from rollout_server.api.engine_client import EngineClient, Stream
+from rollout_server.api.engine.engine_client import EngineClient, Stream
 from rollout_server.bench.scenarios import Scenario
 from rollout_server.bench.session import Ask, Deliver
 from rollout_server.bench.wire import Setup, drive

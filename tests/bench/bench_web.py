@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rollout_server import messages as m
-from rollout_server.api.render import Renderer
+from rollout_server.api.rendering.render import Renderer
 from rollout_server.bench.lrl_driver import LrlEngine, start
 from rollout_server.bench.wire import Setup
 from rollout_server.launch import RolloutServer

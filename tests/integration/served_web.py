@@ -17,7 +17,7 @@ import httpx
 
 from rollout_server import messages as m
 from rollout_server.api.config import WebConfig
-from rollout_server.api.exchange import Services
+from rollout_server.api.services import Services
 from tests.integration.scripted_manager import ScriptedManager, serving_app, tokens
 
 CHAT = "/v1/chat/completions"

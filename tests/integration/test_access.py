@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from rollout_server.api.routes import ROUTES
+from rollout_server.api.front.routes import ROUTES
 from tests.integration.served_web import CHAT, Served, hello, served
 
 KEY = "sk-schlüssel"

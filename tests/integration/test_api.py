@@ -23,7 +23,7 @@ from lightning_rl.store import Store
 from rollout_server import messages as m
 from rollout_server.admin_client import AdminClient
 from rollout_server.api.config import WebConfig
-from rollout_server.api.render import Renderer
+from rollout_server.api.rendering.render import Renderer
 from rollout_server.api.sampling import derive_seed
 from tests.integration.scripted_manager import ScriptedManager, one_by_one, serving_web, tokens
 from tests.unit.test_render import TOOL

@@ -18,7 +18,7 @@ from lightning_rl.store import Store
 from lightning_rl.token_tree import label_calls
 from rollout_server import messages as m
 from rollout_server.api.config import WebConfig
-from rollout_server.api.render import Renderer
+from rollout_server.api.rendering.render import Renderer
 from tests.chat_templates import dir_of, kinds
 from tests.integration.scripted_manager import ScriptedManager, one_by_one, serving_web
 from tests.unit.test_render import TOOL

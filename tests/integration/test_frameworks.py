@@ -22,7 +22,7 @@ from langchain_openai import ChatOpenAI
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from pydantic import BaseModel
 
-from rollout_server.api.render import Renderer
+from rollout_server.api.rendering.render import Renderer
 from rollout_server.launch import RolloutServer
 from tests.integration.scripted_manager import one_by_one
 from tests.integration.test_api import END, Setting, fresh_web

@@ -27,8 +27,8 @@ from schemathesis import GenerationMode, checks
 from lightning_rl.episode import EpisodeStart, Task
 from lightning_rl.store import Store
 from rollout_server import messages as m
-from rollout_server.api.openapi import describing, openapi
-from rollout_server.api.routes import ROUTES
+from rollout_server.api.front.openapi import describing, openapi
+from rollout_server.api.front.routes import ROUTES
 from tests.integration.scripted_manager import tokens
 from tests.integration.served_web import CHAT, Served, hello, request, served
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rollout_server.api.errors import ApiError
-from rollout_server.api.limits import Admission, Limits, Ticket
+from rollout_server.api.front.limits import Admission, Limits, Ticket
 from tests.integration.scripted_manager import tokens
 from tests.integration.served_web import (
     CHAT,

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from rollout_server import messages as m
 from rollout_server.api.config import WebConfig
-from rollout_server.api.render import Renderer
+from rollout_server.api.rendering.render import Renderer
 from tests.integration.scripted_manager import tokens
 from tests.integration.test_api import END, Setting, Web, fresh_web
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from rollout_server import messages as m
-from rollout_server.api.metrics import Histogram
+from rollout_server.api.front.metrics import Histogram
 from tests.integration.scripted_manager import one_by_one
 from tests.integration.served_web import CHAT, Served, hello, served
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from rollout_server import messages as m
-from rollout_server.api.engine_client import EngineClient
+from rollout_server.api.engine.engine_client import EngineClient
+from rollout_server.api.engine.replicas import Replicas
 from rollout_server.api.errors import EngineError
-from rollout_server.api.replicas import Replicas
 from tests.integration.scripted_manager import ScriptedManager, tokens
 
 SAMPLING = m.SamplingParams(max_tokens=9)

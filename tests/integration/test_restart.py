@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 
 from lightning_rl.errors import ServerError
 from rollout_server import messages as m
-from rollout_server.api.engine_client import EngineClient
+from rollout_server.api.engine.engine_client import EngineClient
 from rollout_server.api.errors import EngineError
 from rollout_server.config import EngineConfig
 from rollout_server.launch import RolloutServer

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rollout_server import messages as m
-from rollout_server.api.engine_client import Generation
+from rollout_server.api.engine.engine_client import Generation
 from rollout_server.api.errors import EngineError
 
 

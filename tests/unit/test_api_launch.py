@@ -12,7 +12,7 @@ import pytest
 from lightning_rl.errors import ServerError
 from rollout_server import cli
 from rollout_server.api.config import WebConfig
-from rollout_server.api.limits import Limits
+from rollout_server.api.front.limits import Limits
 from rollout_server.launch import RolloutServer, replica_devices, threads_of_each
 
 

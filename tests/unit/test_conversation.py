@@ -14,10 +14,10 @@ import pytest
 
 from lightning_rl.episode import Call
 from lightning_rl.token_tree import label_calls
-from rollout_server.api.conversation import ConversationIndex, Prompt, fingerprints
-from rollout_server.api.render import Renderer, RenderError
-from rollout_server.api.sequences import pack
-from rollout_server.api.tool_prompt import Message
+from rollout_server.api.rendering.conversation import ConversationIndex, Prompt, fingerprints
+from rollout_server.api.rendering.render import Renderer, RenderError
+from rollout_server.api.rendering.sequences import pack
+from rollout_server.api.rendering.tool_prompt import Message
 from tests.chat_templates import dir_of, kinds, model_dir, trl
 from tests.unit.domain import make_call
 from tests.unit.test_render import TOOL

@@ -24,7 +24,7 @@ from rollout_server.api.dialects.messages_request import parse_messages
 from rollout_server.api.dialects.messages_stream import MessageEvents, content_blocks, stop_reason
 from rollout_server.api.dialects.response_items import output_items
 from rollout_server.api.dialects.responses_stream import ResponseEvents
-from rollout_server.api.reply import Reasoning, Reply, ReplyEvent, ToolCall, gather
+from rollout_server.api.replies.reply import Reasoning, Reply, ReplyEvent, ToolCall, gather
 from rollout_server.api.turn_run import Finished, Step
 from rollout_server.messages import SamplingParams
 

@@ -15,14 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from rollout_server.api import grammars
 from rollout_server.api.errors import ApiError
-from rollout_server.api.grammars import require_servable, turn_grammar
-from rollout_server.api.reasoning import REASONING_FORMATS, ReasoningFormat, ReasoningReader
-from rollout_server.api.reply import Reader, Reply, gather
-from rollout_server.api.tool_formats import FORMATS, ToolFormat
-from rollout_server.api.tool_formats.mistral import Mistral
-from rollout_server.api.tool_formats.pythonic import Pythonic
+from rollout_server.api.replies import grammars
+from rollout_server.api.replies.grammars import require_servable, turn_grammar
+from rollout_server.api.replies.reasoning import REASONING_FORMATS, ReasoningFormat, ReasoningReader
+from rollout_server.api.replies.reply import Reader, Reply, gather
+from rollout_server.api.replies.tool_formats import FORMATS, ToolFormat
+from rollout_server.api.replies.tool_formats.mistral import Mistral
+from rollout_server.api.replies.tool_formats.pythonic import Pythonic
 from rollout_server.api.turn import Constraint, JsonSchema, OneOf, Regex, SamplingOptions, Tool, ToolChoice, Turn
 from rollout_server.grammar import Grammars
 

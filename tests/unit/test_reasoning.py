@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollout_server.api.reasoning import REASONING_FORMATS, ReasoningReader, detect_reasoning, may_reason
-from rollout_server.api.reply import PlainReader, Reader, Reasoning, Reply, ReplyEvent, gather
-from rollout_server.api.tool_formats import FORMATS, ToolFormat
-from rollout_server.api.tool_prompt import call_text
+from rollout_server.api.rendering.tool_prompt import call_text
+from rollout_server.api.replies.reasoning import REASONING_FORMATS, ReasoningReader, detect_reasoning, may_reason
+from rollout_server.api.replies.reply import PlainReader, Reader, Reasoning, Reply, ReplyEvent, gather
+from rollout_server.api.replies.tool_formats import FORMATS, ToolFormat
 from tests.unit.test_tool_formats import FRAGMENTS, cut, template, templates
 
 THINK = REASONING_FORMATS["think"]

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from lightning_rl.errors import ModelError
-from rollout_server.api.conversation import ConversationIndex
-from rollout_server.api.render import Renderer, RenderError, render_demonstration
-from rollout_server.api.reply import gather
-from rollout_server.api.tool_formats import FORMATS
+from rollout_server.api.rendering.conversation import ConversationIndex
+from rollout_server.api.rendering.render import Renderer, RenderError, render_demonstration
+from rollout_server.api.replies.reply import gather
+from rollout_server.api.replies.tool_formats import FORMATS
 from tests.chat_templates import GEMMA_LIKE, dir_of, kinds, model_dir
 
 TOOL: dict[str, Any] = {

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rollout_server.api.conversation import ConversationIndex, fingerprints
-from rollout_server.api.render import Renderer
-from rollout_server.api.reply import gather
-from rollout_server.api.tool_formats import FORMATS
-from rollout_server.api.tool_prompt import Message, call_text
+from rollout_server.api.rendering.conversation import ConversationIndex, fingerprints
+from rollout_server.api.rendering.render import Renderer
+from rollout_server.api.rendering.tool_prompt import Message, call_text
+from rollout_server.api.replies.reply import gather
+from rollout_server.api.replies.tool_formats import FORMATS
 from tests.unit.test_render import TOOL
 
 END = 2

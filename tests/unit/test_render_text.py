@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from rollout_server.api.detokenize import Detokenizer, StopFinder, token_bytes
+from rollout_server.api.replies.detokenize import Detokenizer, StopFinder, token_bytes
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rollout_server.api.routing import CHUNK, LOAD_FACTOR, LOAD_SLACK, PrefixRouter, Route, chunk_chain
+from rollout_server.api.engine.routing import CHUNK, LOAD_FACTOR, LOAD_SLACK, PrefixRouter, Route, chunk_chain
 
 SYSTEM = list(range(10 * CHUNK))
 OTHER = list(range(1000, 1000 + 10 * CHUNK))

@@ -14,12 +14,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from rollout_server.api.reply import Reader, ReplyEvent, ToolCall, gather
-from rollout_server.api.template import ChatTemplate
-from rollout_server.api.tool_formats import FORMATS, ToolFormat, detect
-from rollout_server.api.tool_formats.mistral import Mistral
-from rollout_server.api.tool_formats.pythonic import Pythonic
-from rollout_server.api.tool_prompt import call_text
+from rollout_server.api.rendering.template import ChatTemplate
+from rollout_server.api.rendering.tool_prompt import call_text
+from rollout_server.api.replies.reply import Reader, ReplyEvent, ToolCall, gather
+from rollout_server.api.replies.tool_formats import FORMATS, ToolFormat, detect
+from rollout_server.api.replies.tool_formats.mistral import Mistral
+from rollout_server.api.replies.tool_formats.pythonic import Pythonic
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"n": {"type": "integer"}}}}}
 FRAGMENTS = [

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from rollout_server.api.reply import Reply, gather
-from rollout_server.api.tool_formats import FORMATS
-from rollout_server.api.tool_prompt import call_text
+from rollout_server.api.rendering.tool_prompt import call_text
+from rollout_server.api.replies.reply import Reply, gather
+from rollout_server.api.replies.tool_formats import FORMATS
 from rollout_server.api.turn import Tool
 
 GOOD = call_text("add", {"a": 1, "b": [2, "é"]})

@@ -10,11 +10,12 @@ from starlette.responses import Response
 
 from rollout_server.api.choice import Piece, version_spans
 from rollout_server.api.dialects.chat_request import ChatRequest, parse_chat
-from rollout_server.api.exchange import Services, unless_gone
-from rollout_server.api.logprobs import chat_logprobs
-from rollout_server.api.reply import Reasoning, ReplyEvent, ToolCall
+from rollout_server.api.exchange import unless_gone
+from rollout_server.api.front.wire import event_stream, json_body, json_response
+from rollout_server.api.replies.logprobs import chat_logprobs
+from rollout_server.api.replies.reply import Reasoning, ReplyEvent, ToolCall
+from rollout_server.api.services import Services
 from rollout_server.api.turn_run import Finished, Step, TurnRun, Usage, begin
-from rollout_server.api.wire import event_stream, json_body, json_response
 
 
 async def chat_completions(services: Services, http: Request, episode_id: str | None) -> Response:

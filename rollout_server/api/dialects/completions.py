@@ -20,11 +20,12 @@ from rollout_server.api.dialects.chat import openai_usage
 from rollout_server.api.dialects.chat_request import ResponseFormat, StructuredOutputs, response_constraint
 from rollout_server.api.dialects.fields import LIMIT, MAX_CHOICES, SampledFields, TokenIds, invalid, parse
 from rollout_server.api.errors import ApiError
-from rollout_server.api.exchange import Event, Exchange, Plan, Services, drain, finish_reason, remember_ids, unless_gone
-from rollout_server.api.logprobs import completion_logprobs
+from rollout_server.api.exchange import Event, Exchange, Plan, drain, finish_reason, remember_ids, unless_gone
+from rollout_server.api.front.wire import event_stream, json_body, json_response
+from rollout_server.api.replies.logprobs import completion_logprobs
+from rollout_server.api.services import Services
 from rollout_server.api.turn import SamplingOptions
 from rollout_server.api.turn_run import Usage, constraint_reading
-from rollout_server.api.wire import event_stream, json_body, json_response
 
 _OFF: dict[str, Sequence[Any]] = {
     "suffix": ("",),

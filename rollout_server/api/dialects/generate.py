@@ -29,10 +29,11 @@ from rollout_server.api.dialects.fields import (
     invalid,
     parse,
 )
-from rollout_server.api.exchange import Event, Exchange, Plan, Services, drain, finish_reason, remember_ids, unless_gone
+from rollout_server.api.exchange import Event, Exchange, Plan, drain, finish_reason, remember_ids, unless_gone
+from rollout_server.api.front.wire import event_stream, json_body, json_response
+from rollout_server.api.services import Services
 from rollout_server.api.turn import Constraint, JsonSchema, Regex, SamplingOptions
 from rollout_server.api.turn_run import constraint_reading
-from rollout_server.api.wire import event_stream, json_body, json_response
 
 
 class GenerateSampling(Strict):

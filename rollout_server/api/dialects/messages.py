@@ -18,10 +18,11 @@ from rollout_server.api.dialects.messages_stream import (
     stop_reason,
 )
 from rollout_server.api.errors import ApiError
-from rollout_server.api.exchange import Services, unless_gone
-from rollout_server.api.render import RenderError
+from rollout_server.api.exchange import unless_gone
+from rollout_server.api.front.wire import json_body, json_response, named_event_stream
+from rollout_server.api.rendering.render import RenderError
+from rollout_server.api.services import Services
 from rollout_server.api.turn_run import Finished, Step, TurnRun, begin
-from rollout_server.api.wire import json_body, json_response, named_event_stream
 
 _NAMES_HERE = {
     r"^response_format$": "output_config.format",

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from rollout_server.api.dialects.fields import LIMIT, MAX_STOPS, Lenient, Natural, Strict, invalid, parse, unsupported
-from rollout_server.api.reply import ToolCall
+from rollout_server.api.replies.reply import ToolCall
 from rollout_server.api.turn import Constraint, JsonSchema, Message, SamplingOptions, Tool, ToolChoice, Turn
 
 _OFF: dict[str, Sequence[Any]] = {"mcp_servers": ([],), "speed": ("standard",), "betas": ([],)}

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from rollout_server.api.errors import ApiError
-from rollout_server.api.reply import Reasoning, ReplyEvent, ToolCall
+from rollout_server.api.replies.reply import Reasoning, ReplyEvent, ToolCall
 from rollout_server.api.turn_run import Finished, Step, Usage
 
 Event = dict[str, Any]

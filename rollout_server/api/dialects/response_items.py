@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from rollout_server.api.dialects.fields import Lenient, parse, unsupported
-from rollout_server.api.reply import Reasoning, ReplyEvent, ToolCall
+from rollout_server.api.replies.reply import Reasoning, ReplyEvent, ToolCall
 from rollout_server.api.turn import Message
 
 Item = dict[str, Any]

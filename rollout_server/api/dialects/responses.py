@@ -18,11 +18,12 @@ from rollout_server.api.dialects.response_items import output_items
 from rollout_server.api.dialects.responses_request import ResponsesRequest, parse_responses
 from rollout_server.api.dialects.responses_stream import ResponseEvents, is_complete
 from rollout_server.api.errors import ApiError
-from rollout_server.api.exchange import Services, unless_gone
-from rollout_server.api.logprobs import chat_logprobs
+from rollout_server.api.exchange import unless_gone
+from rollout_server.api.front.wire import json_body, json_response, named_event_stream
+from rollout_server.api.replies.logprobs import chat_logprobs
+from rollout_server.api.services import Services
 from rollout_server.api.turn import Message
 from rollout_server.api.turn_run import Finished, Step, TurnRun, Usage, begin
-from rollout_server.api.wire import json_body, json_response, named_event_stream
 
 _NAMES_HERE = {
     r"^messages$": "input",

@@ -19,7 +19,7 @@ from rollout_server.api.dialects.response_items import (
     text_part,
 )
 from rollout_server.api.errors import ApiError
-from rollout_server.api.reply import Reasoning, ReplyEvent, ToolCall
+from rollout_server.api.replies.reply import Reasoning, ReplyEvent, ToolCall
 from rollout_server.api.turn_run import Step
 
 Event = dict[str, Any]

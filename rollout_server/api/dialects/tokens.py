@@ -15,9 +15,9 @@ from starlette.responses import Response
 from rollout_server.api.dialects.chat_request import ChatMessage, ToolDefinition, plain_message
 from rollout_server.api.dialects.fields import Strict, TokenIds, parse
 from rollout_server.api.errors import ApiError
-from rollout_server.api.exchange import Services
-from rollout_server.api.render import RenderError
-from rollout_server.api.wire import json_body, json_response
+from rollout_server.api.front.wire import json_body, json_response
+from rollout_server.api.rendering.render import RenderError
+from rollout_server.api.services import Services
 
 
 class TokenizeRequest(Strict):

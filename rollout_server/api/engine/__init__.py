@@ -1,0 +1,1 @@
+"""The web process's end of the line to the managers."""

@@ -1,0 +1,1 @@
+"""Who is let in, how much, and in what form the answer goes out."""

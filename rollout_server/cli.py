@@ -40,8 +40,8 @@ def _configure_serve(parser: argparse.ArgumentParser) -> None:
         "--alias",
         action="append",
         default=[],
-        metavar="GLOB",
-        help="further model name that clients may use, e.g. 'gpt-*'",
+        metavar="GLOB[=MODEL]",
+        help="further model names that clients may use, of the policy or an adapter: 'gpt-*', 'gpt-*=math'; may repeat",
     )
     add("--store", metavar="PATH", help="episode database: serve and record its episodes at /e/<episode>/v1")
     add("--api-key-env", metavar="NAME", help="environment variable that holds the key which clients must send")

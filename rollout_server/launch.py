@@ -45,9 +45,9 @@ _ROOT = Path(__file__).resolve().parent.parent
 class RolloutServer:
     """The engine's settings are `EngineConfig`'s; those of caches and batches are each replica's, `threads` is shared out.
 
-    `port` 0 takes any free one; `aliases` are globs of model names; `dp` is the number of replicas, on a GPU of its own
-    each where there are GPUs; `adapters` are LoRA adapters to begin with: directories by name. Without an `admin_key` one is
-    made up, for `admin()` alone. `limits`, `drain_s`, `cors_origins` and the parsers are `WebConfig`'s.
+    `port` 0 takes any free one; `aliases` are further model names, `GLOB` or `GLOB=MODEL`; `dp` is the number of replicas, on a
+    GPU of its own each where there are GPUs; `adapters` are LoRA adapters to begin with: directories by name. Without an
+    `admin_key` one is made up, for `admin()` alone. Limits, draining, origins and the parsers are `WebConfig`'s.
     """
 
     def __init__(

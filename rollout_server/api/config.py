@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 
-from rollout_server.api.errors import ApiError
 from rollout_server.api.front.limits import Limits
 
 
@@ -31,7 +28,7 @@ class WebConfig(Struct, frozen=True, kw_only=True):
     api_key: str | None = None
     """None lets everybody in."""
     aliases: list[str] = []
-    """Globs of other model names that clients may use."""
+    """Other model names that clients may use, as `model_names.adapter_of` takes them: `GLOB` or `GLOB=MODEL`."""
     store: str | None = None
     """Path or URL of the episode store; None serves no episodes."""
     limits: Limits = Limits()
@@ -43,17 +40,6 @@ class WebConfig(Struct, frozen=True, kw_only=True):
     """How calls are read from replies, a name of `tool_formats.FORMATS`; None: what the chat template shows."""
     reasoning_parser: str | None = None
     """How reasoning is read from replies, a name of `reasoning.REASONING_FORMATS`; None: what the chat template shows."""
-
-    def check_model(self, name: str, adapters: Iterable[str] = ()) -> None:
-        """Raises ApiError unless clients may call the policy by this name. `adapters` are the names served beside it."""
-        known = [self.served_name, *self.aliases]
-        if not any(fnmatchcase(name, pattern) for pattern in known):
-            raise ApiError(
-                404,
-                f"the model {name!r} does not exist; served here: {', '.join([*known, *adapters])}",
-                param="model",
-                code="model_not_found",
-            )
 
     def context_limit(self) -> int:
         """Tokens that prompt and reply may have together."""

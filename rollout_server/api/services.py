@@ -15,6 +15,7 @@ from rollout_server.api.errors import ApiError
 from rollout_server.api.front.limits import Admission
 from rollout_server.api.front.metrics import Metrics
 from rollout_server.api.front.text_size import TextSize
+from rollout_server.api.model_names import adapter_of
 from rollout_server.api.recorder import EpisodeLog, Recorder
 from rollout_server.api.rendering.conversation import ConversationIndex
 from rollout_server.api.rendering.render import Renderer
@@ -62,10 +63,7 @@ class Services:
 
     def adapter(self, model: str) -> str:
         """The adapter that clients mean by this model name; "" for the policy. Raises ApiError for an unknown name."""
-        if model in self.engine.adapters:
-            return model
-        self.config.check_model(model, self.engine.adapters)
-        return ""
+        return adapter_of(model, self.config.served_name, self.config.aliases, self.engine.adapters)
 
     async def episode(self, episode_id: str | None) -> EpisodeLog | None:
         if episode_id is None:

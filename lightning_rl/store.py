@@ -148,6 +148,13 @@ class Store:
             query = select(func.count()).select_from(calls).where(calls.c.episode_id == episode_id)
             return connection.execute(query).scalar_one()
 
+    def next_call_index(self, episode_id: str) -> int:
+        """One more than the highest; calls that were lost leave gaps."""
+        with self._reading() as connection:
+            query = select(func.max(calls.c.index)).where(calls.c.episode_id == episode_id)
+            highest = connection.execute(query).scalar_one()
+        return 0 if highest is None else highest + 1
+
     def episode(self, episode_id: str) -> Episode:
         with self._reading() as connection:
             _require(connection, episode_id)

@@ -16,6 +16,7 @@ from rollout_server import messages as m
 from rollout_server.api.engine.engine_client import Stream
 from rollout_server.api.errors import EngineError
 from rollout_server.api.replies.detokenize import Detokenizer, StopFinder
+from rollout_server.api.replies.reply import Reader, ToolCall
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,10 @@ class Choice:
     prompt_ids: list[int]
     sampling: m.SamplingParams
     stops: Sequence[str] = ()
-    inclusive_stops: Sequence[str] = ()
     shown: Collection[int] = ()
     """Special tokens that have a text."""
+    until_call: Reader | None = None
+    """Ends the choice when this reader has found a tool call."""
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
@@ -50,8 +52,8 @@ class Choice:
     async def run(self, stream: Stream, tokenizer: Tokenizer, on_piece: Callable[[Piece], None] | None = None) -> None:
         """Read the stream to the end. Cancelling the task closes it; what was sampled until then stays in `ids`."""
         decoder = Detokenizer(tokenizer, self.shown)
-        finder = StopFinder(self.stops, self.inclusive_stops)
-        reads_along = on_piece is not None or bool(self.stops or self.inclusive_stops)
+        finder = StopFinder(self.stops)
+        reads_along = on_piece is not None or bool(self.stops) or self.until_call is not None
         with stream:
             try:
                 while self.finish_reason is None:
@@ -78,9 +80,13 @@ class Choice:
             self.versions.append(tokens.versions[at])
             if tokens.top_logprobs:
                 self.top_logprobs.append(tokens.top_logprobs[at])
-            text += finder.feed(decoder.feed(token_id))
+            new = finder.feed(decoder.feed(token_id))
+            text += new
             if finder.found is not None:
                 self.finish_reason, self.stop = "stop", finder.found
+                break
+            if self.until_call is not None and any(isinstance(e, ToolCall) for e in self.until_call.feed(new)):
+                self.finish_reason = "stop"
                 break
         else:
             self.finish_reason = tokens.finish_reason

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -26,6 +26,7 @@ from rollout_server.api.front.metrics import Clock
 from rollout_server.api.front.visit import visit
 from rollout_server.api.recorder import EpisodeLog
 from rollout_server.api.rendering.conversation import Prompt
+from rollout_server.api.replies.reply import Reader
 from rollout_server.api.sampling import prompt_seeds, sampling_params
 from rollout_server.api.services import Services
 from rollout_server.api.turn import Message, SamplingOptions
@@ -44,8 +45,8 @@ class Reading:
 
     grammar: str = ""
     """What the reply must fit (`rollout_server.grammar`); empty: anything."""
-    inclusive_stops: Sequence[str] = ()
-    """Texts that end a reply and stay in it."""
+    until_call: Callable[[], Reader] | None = None
+    """Makes a reader whose first tool call ends a choice; None: calls end nothing."""
     shown: Collection[int] = ()
     """Special tokens that have a text."""
 
@@ -178,7 +179,8 @@ class Exchange:
             made.append(sampled)
             for number in range(wanted.n):
                 index = len(self.plans)
-                choice = Choice(prompt.ids, params, wanted.stops, reading.inclusive_stops, reading.shown)
+                until_call = reading.until_call() if reading.until_call is not None else None
+                choice = Choice(prompt.ids, params, wanted.stops, reading.shown, until_call)
                 seen = prompt if number == 0 else prompt.sibling()
                 self.plans.append(Plan(index, sampled, number, f"{self.id}-{index}", first + index, seen, choice))
         self._enter(made)
@@ -295,6 +297,7 @@ async def unless_gone(http: Request, work: Awaitable[T]) -> T:
     try:
         await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
+            watcher.result()
             raise ClientGone
         return task.result()
     finally:

@@ -119,9 +119,9 @@ class Recorder:
         start = await self._in_writer(lambda: self._store.start_of(episode_id))
         if start is None:
             raise ApiError(404, f"no episode {episode_id!r} in the store", code="episode_not_found")
-        count = await self._in_writer(lambda: self._store.call_count(episode_id))
+        next_index = await self._in_writer(lambda: self._store.next_call_index(episode_id))
         self._forget_idle()
-        return EpisodeLog(episode_id, start.sampling, count)
+        return EpisodeLog(episode_id, start.sampling, next_index)
 
     def _forget_idle(self) -> None:
         """Whatever is forgotten can be read back from the store, tool calls that wait for results excepted."""

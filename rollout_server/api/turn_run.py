@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -22,13 +23,11 @@ from rollout_server.api.errors import ApiError
 from rollout_server.api.exchange import Exchange, Plan, Reading, finish_reason, unless_gone
 from rollout_server.api.recorder import EpisodeLog
 from rollout_server.api.rendering.render import RenderError
-from rollout_server.api.replies.detokenize import Detokenizer
-from rollout_server.api.replies.grammars import constraint_grammar, require_servable, turn_grammar
-from rollout_server.api.replies.reasoning import ReasoningReader
+from rollout_server.api.replies.grammars import constraint_grammar, require_servable, turn_grammar, unservable
+from rollout_server.api.replies.reasoning import ReasoningCount, ReasoningReader
 from rollout_server.api.replies.reply import PlainReader, Reader, Reply, ReplyEvent, gather
 from rollout_server.api.services import Services
 from rollout_server.api.turn import Constraint, Message, Turn
-from rollout_server.grammar import Grammars
 from rollout_server.manager.masking import GrammarError
 
 
@@ -85,6 +84,8 @@ class TurnRun:
             raise ApiError(400, str(error), param="messages", code="invalid_messages") from error
         reasoning, ends_with = services.reasoning, services.renderer.ends_with
         self._opened = reasoning is not None and ends_with(self._prompt.ids, reasoning.open)
+        self._shown = services.shown_ids(tools=turn.reads_tools)
+        self._reasoning_counts: dict[int, ReasoningCount] = {}
         self._reasons = reasoning is not None and not ends_with(self._prompt.ids, reasoning.close)
 
     @property
@@ -116,12 +117,12 @@ class TurnRun:
             reasoning_opened=self._opened,
             special_ids=services.special_ids,
         )
-        if grammar is not None and not _is_known(services.grammars, grammar):
-            await asyncio.to_thread(require_servable, turn, grammar, services.grammars.check)
+        if grammar is not None:
+            await unless_gone(self._http, require_servable(turn, grammar, partial(compiled, services)))
         reading = Reading(
             grammar=grammar or "",
-            inclusive_stops=(form.closes,) if self._one_call_only and form.closes else (),
-            shown=services.shown_ids(tools=turn.reads_tools),
+            until_call=self._reader if self._one_call_only and form.closes else None,
+            shown=self._shown,
         )
         self._exchange.admit([self._prompt], reading)
         self._exchange.note_tool_results(turn.messages)
@@ -144,7 +145,7 @@ class TurnRun:
     async def steps(self) -> AsyncIterator[Step]:
         """The first step is awaited before anything is sent, so that errors before it have a status of their own:
         `first = await unless_gone(http, anext(steps))`."""
-        readers = [self._reader(plan) for plan in self._exchange.plans]
+        readers = [self._reader(plan.call_id) for plan in self._exchange.plans]
         async for plan, piece in self._exchange.events(reads_along=True):
             reader = readers[plan.index]
             if piece is not None:
@@ -158,22 +159,23 @@ class TurnRun:
             prompt=len(self._prompt.ids),
             completion=sum(len(choice.ids) for choice in choices),
             cached=choices[0].cached_tokens,
-            reasoning=sum(self._reasoning_tokens(choice) for choice in choices),
+            reasoning=sum(self._reasoning_tokens(plan) for plan in self._exchange.plans),
         )
 
     @property
     def _one_call_only(self) -> bool:
         return self._turn.reads_tools and not self._turn.parallel_tool_calls
 
-    def _reader(self, plan: Plan) -> Reader:
+    def _reader(self, call_id: str = "") -> Reader:
+        """`call_id` gives tool calls their ids."""
         turn, reasoning = self._turn, self._services.reasoning
         reader: Reader = PlainReader()
         if turn.reads_tools:
-            reader = self._services.tool_format.parser(plan.call_id, turn.tools)
+            reader = self._services.tool_format.parser(call_id, turn.tools)
         return ReasoningReader(reader, reasoning, self._opened) if reasoning is not None else reader
 
     def _read(self, plan: Plan) -> Reply:
-        reader = self._reader(plan)
+        reader = self._reader(plan.call_id)
         return gather([*reader.feed(plan.choice.text), *reader.finish()])
 
     def _record(self, plan: Plan) -> Message:
@@ -194,16 +196,15 @@ class TurnRun:
         )
         return Finished(plan.index, reply, finish_reason(choice, bool(reply.tool_calls)), choice.stop, choice)
 
-    def _reasoning_tokens(self, choice: Choice) -> int:
+    def _reasoning_tokens(self, plan: Plan) -> int:
         reasoning = self._services.reasoning
-        if reasoning is None or not (self._opened or reasoning.open in choice.text):
+        if reasoning is None:
             return 0
-        decoder, text = Detokenizer(self._services.renderer.tokenizer), ""
-        for count, token in enumerate(choice.ids, 1):
-            text = (text + decoder.feed(token))[-256:]
-            if reasoning.close in text:
-                return count
-        return len(choice.ids) if self._opened else 0
+        counts = self._reasoning_counts
+        if plan.index not in counts:
+            tokenizer = self._services.renderer.tokenizer
+            counts[plan.index] = ReasoningCount(tokenizer, reasoning, self._opened, self._shown)
+        return counts[plan.index].of(plan.choice.ids)
 
 
 async def constraint_reading(services: Services, constraint: Constraint | None, param: str) -> Reading:
@@ -211,25 +212,17 @@ async def constraint_reading(services: Services, constraint: Constraint | None, 
     if constraint is None:
         return Reading()
     grammar = constraint_grammar(constraint, param)
-    await check_grammar(services, grammar, param)
+    try:
+        await compiled(services, grammar)
+    except GrammarError as error:
+        raise unservable(param, str(error)) from error
     return Reading(grammar=grammar)
 
 
-def _is_known(grammars: Grammars, grammar: str) -> bool:
-    """Whether it has been compiled, and can be served."""
-    try:
-        return grammars.kept(grammar) is not None
-    except GrammarError:
-        return False
-
-
-async def check_grammar(services: Services, grammar: str, param: str) -> None:
-    """Raises ApiError when it cannot be served; `param` is the field that it was made of."""
-    if _is_known(services.grammars, grammar):
-        return
-    wrong = await asyncio.to_thread(services.grammars.check, grammar)
-    if wrong is not None:
-        raise ApiError(400, f"{param} cannot be served: {wrong}", param=param, code="invalid_grammar")
+async def compiled(services: Services, grammar: str) -> None:
+    """Wait until the grammar is; whoever gives up waiting takes it out of the queue. Raises GrammarError."""
+    if services.grammars.kept(grammar) is None:
+        await asyncio.wrap_future(services.grammars.begin(grammar))
 
 
 async def begin(
@@ -237,7 +230,9 @@ async def begin(
 ) -> TurnRun:
     """Raises ApiError for whatever keeps the turn from being sampled."""
     await services.text_size.check_parts(http, [turn.messages, turn.tools, dict(turn.template_options)], "messages")
-    run = TurnRun(services, http, await services.episode(episode_id), turn, body)
+    services.text_size.check_messages(len(turn.messages))
+    log = await services.episode(episode_id)
+    run = await services.renderer.patiently(lambda: TurnRun(services, http, log, turn, body))
     try:
         await run.admit()
     except ApiError:

@@ -223,7 +223,14 @@ def test_tool_choice_none_and_one_call_at_a_time(web: Web) -> None:
     assert create(model="tiny", messages=HELLO, tools=[TOOL], tool_choice="none").choices[0].message.content == CALL
     one = create(model="tiny", messages=HELLO, tools=[TOOL], parallel_tool_calls=False).choices[0]
     assert len(one.message.tool_calls or []) == 1
-    assert one.finish_reason == "tool_calls"
+    assert (one.finish_reason, one.model_extra) == ("tool_calls", {"stop_reason": None})
+    tricky = '<tool_call>{"name": "calculator", "arguments": {"expression": "</tool_call>"}}</tool_call>'
+    web.says(tricky + CALL)
+    (call,) = (
+        create(model="tiny", messages=HELLO, tools=[TOOL], parallel_tool_calls=False).choices[0].message.tool_calls
+        or ()
+    )
+    assert call.function.arguments == '{"expression": "</tool_call>"}'  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import re
@@ -38,6 +39,9 @@ class Drawer:
     def __init__(self, model_dir: Path) -> None:
         self.grammars = Grammars(model_dir, VOCABULARY)
         self.tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+
+    async def compiled(self, grammar: str) -> None:
+        self.grammars.matcher(grammar)
 
     def draw(self, grammar: str, seed: int, *, begin: str = "", limit: int = 600) -> str | None:
         """A text that begins with `begin` and may end where it does; None if it has not ended within the limit."""
@@ -388,7 +392,7 @@ def test_with_a_schema_and_tools_the_reply_is_calls_or_fits(drawer: Drawer) -> N
 
 def serve(drawer: Drawer, wanted: Turn, form: str) -> None:
     grammar = turn_grammar(wanted, FORMATS[form], None, reasoning_opened=False)
-    require_servable(wanted, grammar or "", drawer.grammars.check)
+    asyncio.run(require_servable(wanted, grammar or "", drawer.compiled))
 
 
 def nested(depth: int) -> dict[str, Any]:
@@ -501,7 +505,7 @@ def test_any_schema_is_served_or_refused_by_name(
     wanted = turn(tools=tools, tool_choice=ToolChoice("required"), constraint=JsonSchema({"type": "object"}))
     try:
         grammar = turn_grammar(wanted, form, None, reasoning_opened=False)
-        require_servable(wanted, grammar or "", drawer.grammars.check)
+        asyncio.run(require_servable(wanted, grammar or "", drawer.compiled))
     except ApiError as error:
         assert error.status == 400  # noqa: PT017
         assert error.param == "tools.0.function.parameters"  # noqa: PT017

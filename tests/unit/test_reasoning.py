@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from rollout_server.api.rendering.tool_prompt import call_text
-from rollout_server.api.replies.reasoning import REASONING_FORMATS, ReasoningReader, detect_reasoning, may_reason
+from rollout_server.api.replies.reasoning import (
+    REASONING_FORMATS,
+    ReasoningCount,
+    ReasoningReader,
+    detect_reasoning,
+    may_reason,
+)
 from rollout_server.api.replies.reply import PlainReader, Reader, Reasoning, Reply, ReplyEvent, gather
 from rollout_server.api.replies.tool_formats import FORMATS, ToolFormat
 from tests.unit.test_tool_formats import FRAGMENTS, cut, template, templates
@@ -130,3 +138,31 @@ def test_a_prompt_opens_the_reasoning_if_it_ends_there() -> None:
         True,
         False,
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "opened", "reasoning"),
+    [
+        ("why</think>so", True, "why</think>"),
+        ("<think>why</think>so </think>", False, "<think>why</think>"),
+        ("why", True, "why"),
+        ("<think>why", False, "<think>why"),
+        ("so</think>", False, ""),
+        ("<thing>", False, ""),
+    ],
+)
+@pytest.mark.parametrize("special", [False, True])
+def test_reasoning_tokens_are_counted_as_they_come(
+    tiny_llama: Path, text: str, opened: bool, reasoning: str, special: bool
+) -> None:
+    tokenizer = Tokenizer.from_file(str(tiny_llama / "tokenizer.json"))
+    if special:
+        tokenizer.add_special_tokens(list(THINK.special))
+    shown = {i for tag in THINK.special if (i := tokenizer.token_to_id(tag)) is not None}
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    count = ReasoningCount(tokenizer, THINK, opened, shown)
+    counts = [count.of(ids[:at]) for at in range(1, len(ids) + 1)]
+    assert counts == sorted(counts)
+    counted = tokenizer.decode(ids[: counts[-1]], skip_special_tokens=False)
+    assert counted.startswith(reasoning)
+    assert len(counted) <= len(reasoning) + 1  # a token may hold the beginning of the answer

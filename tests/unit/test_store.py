@@ -5,6 +5,7 @@ import sys
 import threading
 from pathlib import Path
 
+import msgspec
 import pytest
 from sqlalchemy import event
 
@@ -117,6 +118,14 @@ def test_span_ids_are_unique_within_an_episode_only(store):
         store.begin(make_start(name))
         store.add_spans([Span(id="tool-call_0", episode_id=name, name="calc", kind="tool")])
     assert [len(episode.spans) for episode in store.episodes()] == [1, 1]
+
+
+def test_indices_of_calls_go_on_behind_gaps(store):
+    store.begin(make_start())
+    assert store.next_call_index("e") == 0
+    for index in (0, 4):
+        store.add_call(msgspec.structs.replace(full_call(), id=f"c{index}", index=index))
+    assert (store.next_call_index("e"), store.call_count("e")) == (5, 2)
 
 
 def test_an_episode_ends_once(store):

@@ -7,8 +7,9 @@ log-probs.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Sequence
-from functools import cache
+from functools import cache, lru_cache
 
 from tokenizers import Tokenizer
 
@@ -18,63 +19,76 @@ _PATIENCE = 32
 
 
 class Detokenizer:
-    """Special tokens have no text, those in `shown` excepted."""
+    """Special tokens have no text, those in `shown` excepted.
+
+    Tokens are decoded behind those that gave the last text, since some decoders drop the space before a first word.
+    """
 
     def __init__(self, tokenizer: Tokenizer, shown: Collection[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._shown = shown
-        self._ids: list[int] = []  # the last emitted token and what came since
-        self._emitted = ""  # the text of the part of _ids that was emitted
+        self._ids: list[int] = []
+        self._emitted_ids = 0
+        """How many of them have given their text: the group that did so last."""
+        self._emitted = ""
+        """The text of these."""
 
     def feed(self, token_id: int) -> str:
         if token_id in self._shown:
-            held = self.finish()
-            self._ids, self._emitted = [], ""
-            return held + self._tokenizer.decode([token_id], skip_special_tokens=False)
+            return self._flush() + self._tokenizer.decode([token_id], skip_special_tokens=False)
         self._ids.append(token_id)
         text = self._decode()
         if text == self._emitted:  # it has no text
             self._ids.pop()
             return ""
         whole = not text.endswith(_BROKEN) and text.startswith(self._emitted)
-        if not whole and len(self._ids) < _PATIENCE:
+        if not whole and len(self._ids) - self._emitted_ids < _PATIENCE:
             return ""
-        new = text[len(self._emitted) :]
-        if new:
-            self._ids = [token_id]
-            self._emitted = self._decode()
-            if self._emitted.startswith(_BROKEN):  # it ends a character that an earlier token began
-                self._ids, self._emitted = [], ""
-        return new
+        return self._emit(text)
 
     def finish(self) -> str:
         """What was held back; bytes that never became a character come out as U+FFFD."""
-        text = self._decode()
-        return text[len(self._emitted) :]
+        return self._flush()
+
+    def _flush(self) -> str:
+        return self._emit(self._decode()) if len(self._ids) > self._emitted_ids else ""
+
+    def _emit(self, text: str) -> str:
+        new = text[len(self._emitted) :]
+        self._ids = self._ids[self._emitted_ids :]
+        self._emitted_ids, self._emitted = len(self._ids), self._decode()
+        return new
 
     def _decode(self) -> str:
         return self._tokenizer.decode(self._ids, skip_special_tokens=True)
 
 
 class StopFinder:
-    """`inclusive` stops stay in the text, the others are cut off."""
+    """Passes text on up to the stop string that is complete first, which is cut off."""
 
-    def __init__(self, stops: Sequence[str], inclusive: Sequence[str] = ()) -> None:
-        self._stops = [(stop, 0) for stop in stops] + [(stop, len(stop)) for stop in inclusive]
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = _automaton(tuple(stops)) if stops else None
+        self._state = 0
         self._held = ""
         self.found: str | None = None
-        """The stop that was completed first."""
+        """The stop that was complete first; of several that end together, the longest."""
 
     def feed(self, text: str) -> str:
-        if not self._stops:
+        stops = self._stops
+        if stops is None:
             return text
+        before = len(self._held)
         self._held += text
-        hits = [(at, at + keep, stop) for stop, keep in self._stops if (at := self._held.find(stop)) >= 0]
-        if hits:
-            _, cut, self.found = min(hits)
-            rest, self._held = self._held[:cut], ""
-            return rest
-        cut = len(self._held) - max(_overlap(self._held, stop) for stop, _ in self._stops)
+        state = self._state
+        for at, char in enumerate(text, before + 1):
+            state = stops.step(state, char)
+            found = stops.complete[state]
+            if found is not None:
+                self.found = found
+                rest, self._held = self._held[: at - len(found)], ""
+                return rest
+        self._state = state
+        cut = len(self._held) - stops.depth[state]
         settled, self._held = self._held[:cut], self._held[cut:]
         return settled
 
@@ -83,9 +97,44 @@ class StopFinder:
         return rest
 
 
-def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` may be the beginning of `stop`."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+class _Automaton:
+    """Of all stops at once (Aho and Corasick, 1975): a state is the longest end of the text that may begin one of them."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._next: list[dict[str, int]] = [{}]
+        self.depth = [0]
+        """Characters of the beginning that a state stands for."""
+        self.complete: list[str | None] = [None]
+        """The longest stop that a state ends with."""
+        for stop in stops:
+            state = 0
+            for char in stop:
+                if char not in self._next[state]:
+                    self._next[state][char] = len(self._next)
+                    self._next.append({})
+                    self.depth.append(self.depth[state] + 1)
+                    self.complete.append(None)
+                state = self._next[state][char]
+            self.complete[state] = stop
+        self._shorter = [0] * len(self._next)
+        """The state of the longest beginning that is an end of this one."""
+        waiting = deque(self._next[0].values())
+        while waiting:
+            state = waiting.popleft()
+            for char, after in self._next[state].items():
+                self._shorter[after] = self.step(self._shorter[state], char)
+                self.complete[after] = self.complete[after] or self.complete[self._shorter[after]]
+                waiting.append(after)
+
+    def step(self, state: int, char: str) -> int:
+        while state and char not in self._next[state]:
+            state = self._shorter[state]
+        return self._next[state].get(char, 0)
+
+
+@lru_cache(maxsize=32)
+def _automaton(stops: tuple[str, ...]) -> _Automaton:
+    return _Automaton(stops)
 
 
 @cache

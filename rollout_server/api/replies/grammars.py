@@ -7,7 +7,7 @@ grammars and names the field that is at fault. The rules of calls are the tool f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from rollout_server.api.replies.tool_formats.base import OfferedTool, ToolFormat
 from rollout_server.api.replies.tool_formats.lark import Vocabulary, either, json_value, literal, regex
 from rollout_server.api.replies.tool_formats.schemas import SchemaError, arguments_schema, check_depth, strict
 from rollout_server.api.turn import Constraint, JsonSchema, OneOf, Regex, Turn
+from rollout_server.manager.masking import GrammarError
 
 _ANY_TEXT = r"/(.|\n)*/"
 _ANY_OBJECT = {"type": "object"}
@@ -65,20 +66,21 @@ def constraint_grammar(constraint: Constraint, param: str) -> str:
     return f"start: {_constrained(constraint, param)}\n"
 
 
-def require_servable(turn: Turn, grammar: str, check: Callable[[str], str | None]) -> None:
-    """`check` says what is wrong with a grammar, None if nothing is.
+async def require_servable(turn: Turn, grammar: str, compiled: Callable[[str], Awaitable[object]]) -> None:
+    """`compiled` raises GrammarError for a grammar that cannot be served.
 
     Raises ApiError 400 with the field whose part of the grammar is at fault.
     """
-    wrong = check(grammar)
-    if wrong is None:
-        return
-    for param, part in _parts(turn):
-        if (reason := check(part)) is not None:
-            raise _unservable(param, reason)
-    raise ApiError(
-        400, f"the constraints of this request cannot be served together: {_brief(wrong)}", code="unsupported_schema"
-    )
+    try:
+        await compiled(grammar)
+    except GrammarError as error:
+        for param, part in _parts(turn):
+            try:
+                await compiled(part)
+            except GrammarError as reason:
+                raise unservable(param, str(reason)) from reason
+        why = f"the constraints of this request cannot be served together: {_brief(str(error))}"
+        raise ApiError(400, why, code="unsupported_schema") from error
 
 
 def _body(turn: Turn, tool_format: ToolFormat, vocabulary: Vocabulary) -> str | None:
@@ -141,21 +143,21 @@ def _constrained(constraint: Constraint, param: str) -> str:
     match constraint:
         case JsonSchema(schema=bool() as anything):
             if not anything:
-                raise _unservable(param, "no reply fits the schema false")
+                raise unservable(param, "no reply fits the schema false")
             return json_value({})
         case JsonSchema(schema=dict() as schema):
             try:
                 check_depth(schema)
             except SchemaError as error:
-                raise _unservable(param, str(error)) from error
+                raise unservable(param, str(error)) from error
             return json_value(strict(schema))
         case JsonSchema():
-            raise _unservable(param, "a schema is an object or a boolean")
+            raise unservable(param, "a schema is an object or a boolean")
         case Regex(pattern=pattern):
             return regex(pattern)
         case OneOf(texts=texts):
             if not texts:
-                raise _unservable(param, "there is nothing to choose from")
+                raise unservable(param, "there is nothing to choose from")
             return either([literal(text) for text in texts])
 
 
@@ -167,7 +169,8 @@ def _parts(turn: Turn) -> Iterator[tuple[str, str]]:
         yield f"{tool.param}.parameters", f"start: {json_value(tool.schema)}\n"
 
 
-def _unservable(param: str, why: str) -> ApiError:
+def unservable(param: str, why: str) -> ApiError:
+    """What was asked for in the field `param` cannot be a grammar."""
     return ApiError(400, f"invalid value for {param!r}: {_brief(why)}", param=param, code="unsupported_schema")
 
 

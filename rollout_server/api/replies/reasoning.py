@@ -10,11 +10,14 @@ where the answer begins.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from rollout_server.api.rendering.template import FAILURES, ChatTemplate
+from rollout_server.api.replies.detokenize import Detokenizer
 from rollout_server.api.replies.reply import Reader, Reasoning, ReplyEvent
 from rollout_server.api.replies.tool_formats.scan import overlap
 from rollout_server.api.turn import Message
@@ -148,3 +151,38 @@ class ReasoningReader:
         if thought:
             events.append(Reasoning(thought))
         return rest
+
+
+class ReasoningCount:
+    """How many of a reply's first tokens are reasoning, its opening and closing texts included; counts on as ids come."""
+
+    def __init__(self, tokenizer: Tokenizer, form: ReasoningFormat, opened: bool, shown: Collection[int]) -> None:
+        self._form = form
+        self._decoder = Detokenizer(tokenizer, shown)
+        self._text = ""
+        """What may hold the opening text, or the beginning of the closing one."""
+        self._inside: bool | None = True if opened else None
+        """None: not known yet."""
+        self._seen = 0
+        self._counted = 0
+
+    def of(self, ids: Sequence[int]) -> int:
+        """`ids` are all of the reply so far."""
+        while self._inside is not False and self._seen < len(ids):
+            self._text += self._decoder.feed(ids[self._seen])
+            self._seen += 1
+            if self._inside is None:
+                self._look_for_opening()
+            if self._inside:
+                self._counted = self._seen
+                if self._form.close in self._text:
+                    self._inside = False
+                self._text = self._text[-len(self._form.close) :]
+        return self._counted
+
+    def _look_for_opening(self) -> None:
+        begun = self._text.lstrip()
+        if begun.startswith(self._form.open):
+            self._inside, self._text = True, begun[len(self._form.open) :]
+        elif not self._form.open.startswith(begun):
+            self._inside = False

@@ -12,7 +12,9 @@ tokenizer's, and may be ids of common text.
 
 from __future__ import annotations
 
+import logging
 import threading
+import traceback
 from collections import OrderedDict
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +25,8 @@ from tokenizers import Tokenizer
 
 from rollout_server.grammar_limits import MAX_TEXT, objection
 from rollout_server.manager.masking import GrammarError
+
+log = logging.getLogger("lrl.grammar")
 
 LIMITS = LLParserLimits(
     initial_lexer_fuel=500_000,
@@ -54,7 +58,10 @@ class Vocabulary:
         tokenizer.add_special_tokens([_END])
         end = tokenizer.token_to_id(_END) or 0
         text = tokenizer.to_str()
-        self.inner = LLTokenizer(text, n_vocab=max(size, end + 1), eos_token=end)
+        try:
+            self.inner = LLTokenizer(text, n_vocab=max(size, end + 1), eos_token=end)
+        except Exception as error:  # nor has llguidance
+            raise GrammarError(f"the model's tokenizer is of a kind that grammars cannot use: {error}") from error
         self.size = size
         self.mask_bytes = -(-size // 8)
         self.last_bits = 0xFF >> (-size % 8)
@@ -65,23 +72,23 @@ class Vocabulary:
 class Matcher:
     """Where a sequence is in its grammar (`manager.masking.Masker`). For one thread at a time."""
 
-    __slots__ = ("_inner", "_mask", "_vocabulary")
+    __slots__ = ("__weakref__", "_inner", "_mask", "_vocabulary")
 
     def __init__(self, inner: LLMatcher, vocabulary: Vocabulary, mask: bytes | None = None) -> None:
         self._inner, self._vocabulary, self._mask = inner, vocabulary, mask
 
-    def allowed(self, stop_ids: Collection[int]) -> bytes:
+    def allowed(self, stop_ids: Collection[int], *, go_on: bool = False) -> bytes:
         vocabulary, mask = self._vocabulary, bytearray(self._look())
         may_end = mask[vocabulary.end_byte] & vocabulary.end_bit
         mask[vocabulary.end_byte] &= ~vocabulary.end_bit
         del mask[vocabulary.mask_bytes :]
         mask[-1] &= vocabulary.last_bits
-        for token in stop_ids:
-            if 0 <= token < vocabulary.size:
-                if may_end:
-                    mask[token >> 3] |= 1 << (token & 7)
-                else:
-                    mask[token >> 3] &= ~(1 << (token & 7))
+        stops = [token for token in stop_ids if 0 <= token < vocabulary.size]
+        for token in stops:
+            mask[token >> 3] &= ~(1 << (token & 7))
+        if may_end and not (go_on and any(mask)):
+            for token in stops:
+                mask[token >> 3] |= 1 << (token & 7)
         if mask.count(0) == len(mask):
             raise GrammarError("the model has no token that its grammar allows next")
         return bytes(mask)
@@ -117,8 +124,8 @@ class Grammars:
         self._known_text = 0
         self._lock = threading.Lock()
         self._thread: ThreadPoolExecutor | None = None
-        self._vocabulary: Vocabulary | None = None
-        """Made and used in that thread."""
+        self._vocabulary: Vocabulary | GrammarError | None = None
+        """Made and used in that thread; an error is why there is none."""
 
     def warm(self) -> None:
         """Prepare for the first grammar now, in the background: that holds the interpreter for half a second, once."""
@@ -144,7 +151,7 @@ class Grammars:
                 return None
             self._known.move_to_end(grammar)
         if isinstance(known, GrammarError):
-            raise known
+            raise known.with_traceback(None)  # otherwise it would grow by every raise
         return known.fork()
 
     def begin(self, grammar: str) -> Future[Matcher]:
@@ -157,6 +164,16 @@ class Grammars:
     def _compile(self, grammar: str) -> Matcher:
         if (matcher := self.kept(grammar)) is not None:
             return matcher
+        try:
+            return self._compile_anew(grammar)
+        except GrammarError:
+            raise
+        except BaseException as error:  # llguidance's panics are no Exceptions; whatever it is, only this grammar fails
+            trace = "".join(traceback.format_tb(error.__traceback__))
+            log.error("a defect: a grammar was neither compiled nor refused: %s\n%s", type(error).__name__, trace)
+            raise GrammarError(f"it cannot be compiled ({type(error).__name__})") from error
+
+    def _compile_anew(self, grammar: str) -> Matcher:
         if (why := objection(grammar)) is not None:
             raise GrammarError(why)
         try:
@@ -174,8 +191,13 @@ class Grammars:
 
     def _make(self, grammar: str) -> Matcher:
         if self._vocabulary is None:
-            self._vocabulary = Vocabulary(self._model_dir, self._vocab_size)
+            try:
+                self._vocabulary = Vocabulary(self._model_dir, self._vocab_size)
+            except GrammarError as error:
+                self._vocabulary = error
         vocabulary = self._vocabulary
+        if isinstance(vocabulary, GrammarError):
+            raise vocabulary.with_traceback(None)
         inner = LLMatcher(vocabulary.inner, grammar, log_level=0, limits=LIMITS)
         if inner.is_error():
             raise GrammarError(_first_line(inner.get_error()))

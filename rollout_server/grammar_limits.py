@@ -35,6 +35,10 @@ ANNOTATIONS = frozenset({"description", "title", "$comment", "default", "example
 
 _REPEAT = re.compile(r"\{\s*([0-9]*)\s*,?\s*([0-9]*)\s*\}")
 _RUN = re.compile(r'(?:[^"\\\n]|\\.)+', re.DOTALL)
+_SCHEMA_OR_LITERAL = re.compile(
+    r"""(?P<schema>%json\s*) | "(?:[^"\\]|\\.)*+"? | (?://|\#)[^\n]* | /(?:[^/\\]|\\.)*+/?""", re.DOTALL | re.VERBOSE
+)
+"""The Lark around a schema, its strings, comments and regular expressions: what looks like a schema in these is none."""
 
 
 def _number(text: str) -> Decimal:
@@ -82,16 +86,18 @@ def _lark_parts(lark: str) -> tuple[list[object], str]:
     schemas: list[object] = []
     around: list[str] = []
     at = 0
-    for found in re.finditer(r"%json\s*", lark):
-        if found.start() < at:
+    look = 0
+    while (found := _SCHEMA_OR_LITERAL.search(lark, look)) is not None:
+        look = found.end()
+        if found["schema"] is None:
             continue
         try:
-            schema, end = _DECODER.raw_decode(lark, found.end())
-        except ValueError:  # not a schema, but part of a literal
+            schema, end = _DECODER.raw_decode(lark, look)
+        except ValueError:  # llguidance will say what is wrong with it
             continue
         schemas.append(schema)
         around.append(lark[at : found.start()])
-        at = end
+        at = look = end
     return schemas, '"'.join([*around, lark[at:]])
 
 
@@ -153,6 +159,10 @@ def _divisor(value: object) -> int:
     """The digits of a number, without zeros at the end: 0.25 and 2500 are 25."""
     if not isinstance(value, Decimal):
         return 0
-    if not value.is_finite() or len(value.normalize().as_tuple().digits) > len(str(MAX_DIVISOR)):
+    try:
+        digits = value.normalize().as_tuple().digits
+    except ArithmeticError:  # it is not a number, or beyond the exponents of the decimal module
         return MAX_DIVISOR + 1
-    return int("".join(map(str, value.normalize().as_tuple().digits)))
+    if not value.is_finite() or len(digits) > len(str(MAX_DIVISOR)):
+        return MAX_DIVISOR + 1
+    return int("".join(map(str, digits)))

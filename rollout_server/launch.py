@@ -3,7 +3,8 @@
 `with RolloutServer(…) as server:` returns when `/health` is 200, so when the weights are loaded; `server.base_url` is
 what agents get. A worker that dies is started again by its manager; `check` says which other process died, or whose worker
 cannot be kept alive, with its last words. No process outlives the one that made the server (on Linux even the *thread*: keep
-it in one that lives on), and Ctrl-C reaches only the parent, which ends the others in order.
+it in one that lives on), and Ctrl-C reaches only the parent, which ends the others in order. A SIGTERM may reach them all
+at once, as from systemd or Slurm: web drains at once then, managers and workers wait until the parent ends them.
 """
 
 from __future__ import annotations
@@ -13,11 +14,10 @@ import errno
 import json
 import os
 import secrets
-import shutil
+import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,6 +30,7 @@ from lightning_rl.errors import ServerError
 from rollout_server.admin_client import AdminClient
 from rollout_server.config import EngineConfig
 from rollout_server.manager.worker_process import EPITAPH, PID_FILE
+from rollout_server.private_directory import CONFIG, PrivateDirectory, remove_abandoned
 
 if TYPE_CHECKING:
     from rollout_server.api.front.limits import Limits
@@ -105,7 +106,8 @@ class RolloutServer:
         if limits is not None:
             self._web_settings["limits"] = msgspec.to_builtins(limits)
         self._adapters = dict(adapters or {})
-        self._directory = Path(tempfile.mkdtemp(prefix="lrl-"))  # mode 0700
+        self._private = PrivateDirectory()
+        self._directory = self._private.path
         self._engines = [
             EngineConfig(
                 ipc_dir=str(self._directory / str(number)),
@@ -133,6 +135,7 @@ class RolloutServer:
 
     def start(self) -> None:
         """Raises ServerError, with the last words of the process at fault."""
+        remove_abandoned()
         try:
             with self._listen() as listener:
                 self.base_url = f"http://{_in_url(self._host)}:{listener.getsockname()[1]}"
@@ -148,20 +151,20 @@ class RolloutServer:
         """Ends the processes in order: web first, so that nobody is cut off without an answer, and managers, which end their
         workers. Idempotent. An exception on the way (Ctrl-C once more) ends them at once."""
         try:
-            self._end("web", self._drain_s + STOP_TIMEOUT_S)
-            self._end("manager", STOP_TIMEOUT_S)
+            self._end("web", signal.SIGTERM, self._drain_s + STOP_TIMEOUT_S)
+            self._end("manager", signal.SIGINT, STOP_TIMEOUT_S)
         finally:
             for process in self._processes.values():
                 process.kill()
             for process in self._processes.values():
                 process.wait()
             self._processes.clear()
-            shutil.rmtree(self._directory, ignore_errors=True)
+            self._private.remove()
 
-    def _end(self, kind: str, timeout_s: float) -> None:
+    def _end(self, kind: str, how: signal.Signals, timeout_s: float) -> None:
         ending = [name for name in self._processes if name.partition("-")[0] == kind]
         for name in ending:
-            self._processes[name].terminate()
+            self._processes[name].send_signal(how)
         for name in ending:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._processes[name].wait(timeout_s)
@@ -249,7 +252,7 @@ class RolloutServer:
             directory.mkdir(mode=0o700)
             if engine.host_kv_dir is not None:
                 Path(engine.host_kv_dir).mkdir(parents=True, exist_ok=True)
-            config = _write_private(directory / "config.json", msgspec.to_builtins(engine))
+            config = _write_private(directory / CONFIG, msgspec.to_builtins(engine))
             self._spawn(_named("manager", number, len(self._engines)), _MANAGER, config)
         first = self._engines[0]
         settings = {
@@ -261,7 +264,7 @@ class RolloutServer:
             "host_kv_tokens": first.host_kv_tokens,
             "listen_fd": listener.fileno(),
         }
-        self._spawn("web", _WEB, _write_private(self._directory / "config.json", settings), listener.fileno())
+        self._spawn("web", _WEB, _write_private(self._directory / CONFIG, settings), listener.fileno())
 
     def _spawn(self, name: str, module: str, config: Path, *inherited: int) -> None:
         path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))

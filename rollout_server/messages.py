@@ -37,6 +37,8 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
     max_tokens: int = 256
     stop_ids: tuple[int, ...] = ()
     """Sampling one of these ends the sequence; the id is part of the sampled ids."""
+    min_tokens: int = 0
+    """The first so many tokens are drawn as if `stop_ids` had no probability; a grammar that allows nothing else goes before."""
     top_logprobs: int = 0
     """How many alternatives to return at each sampled token."""
 
@@ -185,7 +187,7 @@ ToManager = Submit | Score | Cancel | UpdateWeights | UnloadAdapter | Pause | Re
 
 
 class Tokens(Struct, frozen=True, kw_only=True, tag=True):
-    """Newly sampled tokens of one choice of a request, in order."""
+    """Newly sampled tokens of one choice of a request, in order; none in a last message that only says how it ended."""
 
     request_id: str
     index: int = 0
@@ -267,7 +269,7 @@ class Draw(Struct, frozen=True, kw_only=True):
     prompt_length: int = 0
     """How many of `history` are the prompt."""
     allowed: bytes | None = None
-    """Grammar mask: bit i of byte i // 8 allows id i (least significant first)."""
+    """Mask of a grammar or of stop ids before `min_tokens`: bit i of byte i // 8 allows id i (least significant first)."""
 
 
 class Row(Struct, frozen=True, kw_only=True):

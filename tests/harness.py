@@ -38,6 +38,7 @@ class LocalEngine:
         self.scheduler = Scheduler(
             pages=self.config.num_pages,
             page_size=self.config.page_size,
+            vocab_size=self.runner.decoder.config.vocab,
             max_batch=self.config.max_batch,
             max_step_tokens=self.config.max_step_tokens,
             lookahead=self.config.lookahead,
@@ -73,6 +74,9 @@ class LocalEngine:
         """Plan as far ahead as may be, and run the oldest pass; False when there is nothing to do."""
         while (forward := self.scheduler.plan()) is not None:
             self._queued.append(forward)
+        if not self._queued and self.scheduler.waits_for_masks:
+            self._take(self.scheduler.catch_up())
+            return True
         return self._run_oldest()
 
     def run(self) -> dict[str, Output]:

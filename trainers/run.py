@@ -192,6 +192,7 @@ def _finish(
 
 def evaluate_policy(target: Path, overrides: Sequence[str], policy: str | None) -> int:
     """`lrl eval`: in a directory of its own, so that a run's record stays what it was."""
+    signal.signal(signal.SIGTERM, _as_interrupt)
     if target.suffix in (".yaml", ".yml"):
         recipe, directory = load_recipe(target, overrides), None
         policy = policy or "base"

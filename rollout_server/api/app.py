@@ -29,7 +29,8 @@ from rollout_server.api.front.endpoint import Bodies, Endpoint, Handler, House, 
 from rollout_server.api.front.limits import Admission
 from rollout_server.api.front.metrics import Metrics
 from rollout_server.api.front.openapi import describing
-from rollout_server.api.front.routes import ROUTES, Route
+from rollout_server.api.front.patience import PatientRenderer
+from rollout_server.api.front.routes import ROUTES, Route, shown
 from rollout_server.api.front.text_size import TextSize
 from rollout_server.api.recorder import Recorder
 from rollout_server.api.rendering.conversation import ConversationIndex
@@ -72,7 +73,7 @@ def build_app(config: WebConfig) -> Starlette:
 
 
 def _services(config: WebConfig) -> Services:
-    renderer = Renderer(Path(config.model_dir))
+    renderer = PatientRenderer(Path(config.model_dir))
     engine = Replicas(
         [EngineClient(Path(directory)) for directory in config.ipc_dirs], config.kv_tokens + config.host_kv_tokens
     )
@@ -129,6 +130,6 @@ def _web_routes(house: House, routes: Iterable[Route]) -> list[WebRoute]:
             handlers.setdefault(path, {})[route.method] = (route.access, route.handler)
             shapes[path] = route.shape
     return [
-        WebRoute(path, Endpoint(house, path, handlers[path], shapes[path]), include_in_schema=False)
+        WebRoute(path, Endpoint(house, shown(path), handlers[path], shapes[path]), include_in_schema=False)
         for path in handlers
     ]

@@ -27,6 +27,18 @@ class Piece:
     ids: list[int]
     logprobs: list[float]
     top_logprobs: list[list[tuple[int, float]]]
+    ends: Sequence[int] = ()
+    """Where the text of each token ends in `text`; what comes after the last one was held back to the end."""
+
+    def by_token(self) -> list[Piece]:
+        """A piece for each token, and one without a token for what was held back."""
+        starts = [0, *self.ends]
+        pieces = [
+            Piece(self.text[starts[at] : end], [self.ids[at]], [self.logprobs[at]], self.top_logprobs[at : at + 1])
+            for at, end in enumerate(self.ends)
+        ]
+        rest = self.text[starts[-1] :]
+        return [*pieces, Piece(rest, [], [], [])] if rest else pieces
 
 
 @dataclass
@@ -43,6 +55,8 @@ class Choice:
     versions: list[int] = field(default_factory=list)
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
     text: str = ""
+    ends: list[int] = field(default_factory=list)
+    """Where the text of each token ends in `text`."""
     cached_tokens: int = 0
     finish_reason: str | None = None
     """`stop` or `length`; `abort` when the client went away or the engine failed."""
@@ -69,10 +83,10 @@ class Choice:
 
     def as_piece(self) -> Piece:
         """The whole choice as one piece."""
-        return Piece(self.text, self.ids, self.logprobs, self.top_logprobs)
+        return Piece(self.text, self.ids, self.logprobs, self.top_logprobs, self.ends)
 
     def _absorb(self, tokens: m.Tokens, decoder: Detokenizer, finder: StopFinder) -> Piece:
-        before, text = len(self.ids), ""
+        before, start, text = len(self.ids), len(self.text), ""
         self.cached_tokens = max(self.cached_tokens, tokens.cached_tokens)
         for at, token_id in enumerate(tokens.ids):
             self.ids.append(token_id)
@@ -81,11 +95,13 @@ class Choice:
             if tokens.top_logprobs:
                 self.top_logprobs.append(tokens.top_logprobs[at])
             new = finder.feed(decoder.feed(token_id))
-            text += new
+            called = self._first_call_ends(new)
+            text += new[:called]
+            self.ends.append(start + len(text))
             if finder.found is not None:
                 self.finish_reason, self.stop = "stop", finder.found
                 break
-            if self.until_call is not None and any(isinstance(e, ToolCall) for e in self.until_call.feed(new)):
+            if called is not None:
                 self.finish_reason = "stop"
                 break
         else:
@@ -93,7 +109,17 @@ class Choice:
             if self.finish_reason is not None:
                 text += finder.feed(decoder.finish()) + finder.finish()
         self.text += text
-        return Piece(text, self.ids[before:], self.logprobs[before:], self.top_logprobs[before:])
+        ends = [end - start for end in self.ends[before:]]
+        return Piece(text, self.ids[before:], self.logprobs[before:], self.top_logprobs[before:], ends)
+
+    def _first_call_ends(self, new: str) -> int | None:
+        """How much of `new` belongs to the reply if its first call ends there: a token may begin the next one, too."""
+        if self.until_call is None:
+            return None
+        for at, character in enumerate(new):
+            if any(isinstance(event, ToolCall) for event in self.until_call.feed(character)):
+                return at + 1
+        return None
 
 
 def version_spans(versions: Sequence[int]) -> list[dict[str, int]]:

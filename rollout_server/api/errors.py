@@ -36,7 +36,7 @@ ENGINE_RETRY_AFTER_S = 5
 
 class ApiError(Exception):
     """A request that is answered with an error. `param` names the field at fault, `code` is for programs; after `retry_after`
-    seconds it may be asked again."""
+    seconds it may be asked again; a `final` answer tells the SDKs, which try again what failed with a 5xx, that they must not."""
 
     def __init__(
         self,
@@ -46,6 +46,7 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after: int | None = None,
+        final: bool = False,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -53,6 +54,7 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.retry_after = retry_after
+        self.final = final
 
     def body(self) -> dict[str, Any]:
         kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
@@ -70,5 +72,6 @@ class EngineError(Exception):
 
     def to_api(self) -> ApiError:
         status = _ENGINE_STATUS.get(self.code, 500)
-        retry_after = ENGINE_RETRY_AFTER_S if status == 503 else None
-        return ApiError(status, self.message, code=self.code, retry_after=retry_after)
+        final = self.code == "worker_failed"  # it cost a worker's life, twice
+        retry_after = ENGINE_RETRY_AFTER_S if status == 503 and not final else None
+        return ApiError(status, self.message, code=self.code, retry_after=retry_after, final=final)

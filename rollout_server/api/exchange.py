@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,7 +22,6 @@ from lightning_rl.episode import Call, Sampling, Span
 from rollout_server.api.choice import Choice, Piece
 from rollout_server.api.engine.engine_client import Generation, Stream
 from rollout_server.api.engine.replicas import Replicas
-from rollout_server.api.errors import ApiError
 from rollout_server.api.front.metrics import Clock
 from rollout_server.api.front.visit import visit
 from rollout_server.api.recorder import EpisodeLog
@@ -130,6 +130,7 @@ class Exchange:
         self._started_at = time.time()
         self.id = uuid.uuid4().hex
         self.plans: list[Plan] = []
+        self._tasks: list[asyncio.Task[None]] = []
 
     @property
     def created(self) -> int:
@@ -142,7 +143,29 @@ class Exchange:
 
     @property
     def scope(self) -> str:
-        return self._log.id if self._log else ""
+        """Whose conversations the next prompt may extend: those of the episode, or of this key and address, with this model."""
+        return _scope(visit(self.http).flow, self.adapter)
+
+    def withdraw_unless_sampled(self, prompts: list[Prompt]) -> None:
+        """From now on: whatever ends the request, prompts for which nothing was sampled were not asked."""
+
+        def withdraw() -> None:
+            sampled = {id(plan.prompt.claim) for plan in self.plans if plan.choice.ids}
+            for prompt in prompts:
+                if id(prompt.claim) not in sampled:
+                    self.services.conversations.withdraw(prompt)
+
+        async def withdraw_later() -> None:
+            await asyncio.wait(self._tasks)
+            withdraw()
+
+        def end() -> None:
+            if all(task.done() for task in self._tasks):
+                withdraw()
+            else:  # cancelled choices still take what the engine said last
+                self.services.spawn(withdraw_later())
+
+        visit(self.http).at_end.callback(end)
 
     def note_tool_results(self, messages: list[Message]) -> None:
         if self._log is not None:
@@ -203,14 +226,10 @@ class Exchange:
             return
         conversations = self.services.conversations
         labelled = [conversations.raw_prompt(self.scope, ids) for ids in prompts]
-        try:
-            self.admit(labelled, reading, prompt_param=prompt_param)
-        except ApiError:
-            for prompt in labelled:
-                conversations.withdraw(prompt)
-            raise
+        self.withdraw_unless_sampled(labelled)
+        self.admit(labelled, reading, prompt_param=prompt_param)
 
-    async def events(self, *, reads_along: bool) -> AsyncIterator[Event]:
+    async def events(self, *, reads_along: bool) -> AsyncGenerator[Event, None]:
         """Pieces as they come (only if `reads_along`), and None for each choice that is finished and durable."""
         queue: asyncio.Queue[tuple[Plan, Piece | Exception | None]] = asyncio.Queue()
 
@@ -222,7 +241,7 @@ class Exchange:
             else:
                 queue.put_nowait((plan, None))
 
-        tasks = [self.services.spawn(conduct(plan)) for plan in self.plans]
+        tasks = self._tasks = [self.services.spawn(conduct(plan)) for plan in self.plans]
         unfinished = len(tasks)
         try:
             while unfinished:
@@ -272,10 +291,15 @@ class Exchange:
 
 def remember_ids(services: Services, episode: str | None, plan: Plan) -> Message:
     """The message of a choice without a conversation: its text. Within an episode, a prompt that goes on with it extends it."""
-    choice = plan.choice
-    if episode is not None:
-        services.conversations.remember_raw(episode, choice.prompt_ids, choice.ids, plan.call_id)
+    choice, sampled = plan.choice, plan.sampled
+    if episode is not None and choice.ids:
+        scope = _scope(sampled.flow, sampled.adapter)
+        services.conversations.remember_raw(scope, choice.prompt_ids, choice.ids, plan.call_id)
     return {"role": "assistant", "content": choice.text}
+
+
+def _scope(flow: str, adapter: str) -> str:
+    return json.dumps([flow, adapter])
 
 
 def finish_reason(choice: Choice, called: bool) -> str:

@@ -1,7 +1,8 @@
 """The web process: `python -m rollout_server.api.process CONFIG.json`, started by `rollout_server.launch`.
 
 SIGTERM ends it: what is under way has `drain_s` to finish while new requests are refused, then whoever still waits is told why
-there will be no answer. A second signal ends it at once.
+there will be no answer. A second one changes nothing: the first may have come to all processes, and the parent sends its own.
+A SIGINT ends it at once then.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import logging
 import socket
 import sys
 from pathlib import Path
-from types import FrameType
 
 import uvicorn
 from starlette.applications import Starlette
@@ -40,10 +40,6 @@ class WebServer(uvicorn.Server):
                 timeout_graceful_shutdown=2,
             )
         )
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.force_exit = self.should_exit
-        super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._door.drain(self._services.config.drain_s, lambda: self.force_exit)

@@ -54,6 +54,7 @@ def sampling_params(
             param="logit_bias",
             code="invalid_value",
         )
+    max_tokens = min(limit for limit in (room, wanted.max_tokens, imposed.max_tokens) if limit is not None)
     return SamplingParams(
         temperature=wanted.temperature if imposed.temperature is None else imposed.temperature,
         top_p=wanted.top_p if imposed.top_p is None else imposed.top_p,
@@ -64,7 +65,8 @@ def sampling_params(
         frequency_penalty=wanted.frequency_penalty,
         logit_bias=dict(wanted.logit_bias),
         seed=seed,
-        max_tokens=min(limit for limit in (room, wanted.max_tokens, imposed.max_tokens) if limit is not None),
+        max_tokens=max_tokens,
+        min_tokens=min(wanted.min_tokens, max_tokens),
         stop_ids=tuple(dict.fromkeys([*wanted.stop_ids, *(() if wanted.ignore_eos else eos_ids)])),
         top_logprobs=wanted.top_logprobs,
     )

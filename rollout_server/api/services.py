@@ -14,11 +14,11 @@ from rollout_server.api.engine.replicas import Replicas
 from rollout_server.api.errors import ApiError
 from rollout_server.api.front.limits import Admission
 from rollout_server.api.front.metrics import Metrics
+from rollout_server.api.front.patience import PatientRenderer
 from rollout_server.api.front.text_size import TextSize
 from rollout_server.api.model_names import adapter_of
 from rollout_server.api.recorder import EpisodeLog, Recorder
 from rollout_server.api.rendering.conversation import ConversationIndex
-from rollout_server.api.rendering.render import Renderer
 from rollout_server.api.replies.reasoning import ReasoningFormat
 from rollout_server.api.replies.tool_formats import ToolFormat
 from rollout_server.grammar import Grammars
@@ -32,7 +32,7 @@ class Services:
     context_limit: int
     vocab_size: int
     engine: Replicas
-    renderer: Renderer
+    renderer: PatientRenderer
     conversations: ConversationIndex
     recorder: Recorder | None
     tool_format: ToolFormat

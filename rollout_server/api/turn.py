@@ -38,6 +38,8 @@ class SamplingOptions:
     """Choices for each prompt."""
     max_tokens: int | None = None
     """None: as many as fit."""
+    min_tokens: int = 0
+    """Before so many, no id ends a reply, neither the model's own nor one of `stop_ids`."""
     stops: tuple[str, ...] = ()
     """Texts that end a reply and are cut off."""
     stop_ids: tuple[int, ...] = ()

@@ -11,7 +11,8 @@ choice is recorded before its last step is handed on, and remembered so that the
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,7 +25,7 @@ from rollout_server.api.exchange import Exchange, Plan, Reading, finish_reason, 
 from rollout_server.api.recorder import EpisodeLog
 from rollout_server.api.rendering.render import RenderError
 from rollout_server.api.replies.grammars import constraint_grammar, require_servable, turn_grammar, unservable
-from rollout_server.api.replies.reasoning import ReasoningCount, ReasoningReader
+from rollout_server.api.replies.reasoning import ReasoningCount, ReasoningFormat, ReasoningReader
 from rollout_server.api.replies.reply import PlainReader, Reader, Reply, ReplyEvent, gather
 from rollout_server.api.services import Services
 from rollout_server.api.turn import Constraint, Message, Turn
@@ -78,12 +79,19 @@ class TurnRun:
         self._exchange = Exchange(services, http, log, turn.model, turn.sampling, body, self._record)
         try:
             self._prompt = services.conversations.prompt(
-                self._exchange.scope, turn.messages, turn.tools, turn.template_options, turn.continues
+                self._exchange.scope,
+                turn.messages,
+                turn.tools,
+                turn.template_options,
+                turn.continues,
+                one_agent=log is not None,
             )
         except RenderError as error:
             raise ApiError(400, str(error), param="messages", code="invalid_messages") from error
+        self._exchange.withdraw_unless_sampled([self._prompt])
+        self._told: dict[int, list[ReplyEvent]] = {}
         reasoning, ends_with = services.reasoning, services.renderer.ends_with
-        self._opened = reasoning is not None and ends_with(self._prompt.ids, reasoning.open)
+        self._opened = reasoning is not None and self._begins_inside(reasoning)
         self._shown = services.shown_ids(tools=turn.reads_tools)
         self._reasoning_counts: dict[int, ReasoningCount] = {}
         self._reasons = reasoning is not None and not ends_with(self._prompt.ids, reasoning.close)
@@ -127,10 +135,6 @@ class TurnRun:
         self._exchange.admit([self._prompt], reading)
         self._exchange.note_tool_results(turn.messages)
 
-    def withdraw(self) -> None:
-        """The turn was not admitted: the next one like it is the first."""
-        self._services.conversations.withdraw(self._prompt)
-
     async def whole(self) -> list[Finished]:
         """All choices, in order. Raises ClientGone if the client leaves first."""
 
@@ -142,16 +146,27 @@ class TurnRun:
         finished = await unless_gone(self._http, collect())
         return sorted(finished, key=lambda choice: choice.index)
 
-    async def steps(self) -> AsyncIterator[Step]:
+    async def steps(self, *, by_token: bool = False) -> AsyncGenerator[Step, None]:
         """The first step is awaited before anything is sent, so that errors before it have a status of their own:
-        `first = await unless_gone(http, anext(steps))`."""
+        `first = await unless_gone(http, anext(steps))`. `by_token`: no step has more than one token, however they come."""
         readers = [self._reader(plan.call_id) for plan in self._exchange.plans]
-        async for plan, piece in self._exchange.events(reads_along=True):
-            reader = readers[plan.index]
-            if piece is not None:
-                yield Step(plan.index, reader.feed(piece.text), piece, None)
-            else:
-                yield Step(plan.index, reader.finish(), None, self._finish(plan))
+        async with aclosing(self._exchange.events(reads_along=True)) as events:
+            async for plan, piece in events:
+                reader = readers[plan.index]
+                if piece is None:
+                    yield Step(plan.index, reader.finish(), None, self._finish(plan))
+                    continue
+                for part in piece.by_token() if by_token else [piece]:
+                    told = reader.feed(part.text)
+                    self._told.setdefault(plan.index, []).extend(told)
+                    yield Step(plan.index, told, part, None)
+
+    def retold(self, finished: Finished) -> list[Step]:
+        """The steps, token by token, that a whole choice would have been."""
+        reader = self._reader(self._exchange.plans[finished.index].call_id)
+        pieces = finished.choice.as_piece().by_token()
+        told = [Step(finished.index, reader.feed(piece.text), piece, None) for piece in pieces]
+        return [*told, Step(finished.index, reader.finish(), None, finished)]
 
     def usage(self) -> Usage:
         choices = [plan.choice for plan in self._exchange.plans]
@@ -179,22 +194,44 @@ class TurnRun:
         return gather([*reader.feed(plan.choice.text), *reader.finish()])
 
     def _record(self, plan: Plan) -> Message:
-        return self._read(plan).as_message()
+        """Its reply can be extended from the moment on that the client knows it.
+
+        A choice that was broken off is remembered as what was handed on of it, with all that was sampled: the policy may
+        have said a little more than the client has seen (half a character, what may be a call, tokens on their way).
+        What was handed on and got lost on the way to the client makes the next turn an edit.
+        """
+        reply, choice, turn = self._read(plan), plan.choice, self._turn
+        known = reply if choice.finish_reason in ("stop", "length") else self._handed_on(plan)
+        if choice.ids:
+            self._services.conversations.remember(
+                self._exchange.scope,
+                turn.messages,
+                known.as_message(),
+                turn.tools,
+                choice.prompt_ids + choice.ids,
+                plan.call_id,
+                turn.template_options,
+                turn.continues,
+            )
+        return reply.as_message()
+
+    def _handed_on(self, plan: Plan) -> Reply:
+        return gather(self._told.get(plan.index) or self._reader(plan.call_id).feed(plan.choice.text))
 
     def _finish(self, plan: Plan) -> Finished:
-        """Its reply can be extended from the moment on that the client knows it."""
-        reply, choice, turn = self._read(plan), plan.choice, self._turn
-        self._services.conversations.remember(
-            self._exchange.scope,
-            turn.messages,
-            reply.as_message(),
-            turn.tools,
-            choice.prompt_ids + choice.ids,
-            plan.call_id,
-            turn.template_options,
-            turn.continues,
-        )
+        reply, choice = self._read(plan), plan.choice
         return Finished(plan.index, reply, finish_reason(choice, bool(reply.tool_calls)), choice.stop, choice)
+
+    def _begins_inside(self, form: ReasoningFormat) -> bool:
+        """Whether what is sampled first goes on with reasoning that the prompt, or the reply that is continued, opened."""
+        prompt, renderer, last = self._prompt, self._services.renderer, self._turn.messages[-1]
+        if prompt.begun_at is not None:
+            opened = renderer.ends_with(prompt.ids[: prompt.begun_at], form.open)
+            begun = renderer.decode(prompt.ids[prompt.begun_at :], special=True)
+            return _left_open(form, form.open + begun if opened else begun)
+        if self._turn.continues and _left_open(form, last.get("content") or ""):
+            return True
+        return renderer.ends_with(prompt.ids, form.open)
 
     def _reasoning_tokens(self, plan: Plan) -> int:
         reasoning = self._services.reasoning
@@ -205,6 +242,11 @@ class TurnRun:
             tokenizer = self._services.renderer.tokenizer
             counts[plan.index] = ReasoningCount(tokenizer, reasoning, self._opened, self._shown)
         return counts[plan.index].of(plan.choice.ids)
+
+
+def _left_open(form: ReasoningFormat, begun: str) -> bool:
+    """Whether a reply that begins so is still in its reasoning, as `ReasoningReader` would read it."""
+    return begun.lstrip().startswith(form.open) and form.close not in begun
 
 
 async def constraint_reading(services: Services, constraint: Constraint | None, param: str) -> Reading:
@@ -233,9 +275,5 @@ async def begin(
     services.text_size.check_messages(len(turn.messages))
     log = await services.episode(episode_id)
     run = await services.renderer.patiently(lambda: TurnRun(services, http, log, turn, body))
-    try:
-        await run.admit()
-    except ApiError:
-        run.withdraw()
-        raise
+    await run.admit()
     return run

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -67,7 +68,7 @@ async def start(setup: Setup) -> AsyncIterator[LrlEngine]:
             yield LrlEngine(client)
             client.close()
         finally:
-            manager.terminate()
+            manager.send_signal(signal.SIGINT)
             manager.wait()
 
 

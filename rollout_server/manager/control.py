@@ -59,7 +59,6 @@ class ControlQueue:
                     return None, [m.Failed(request_id=key, code="weights_rejected", message=text)]
                 message = m.Load(source=source, version=version, adapter=adapter)
             case m.Sleep(request_id=key, level=level):
-                self._scheduler.sleep()
                 if level <= self.depth:
                     return None, [m.Done(request_id=key)]
                 message = m.Release(weights=level >= 2)
@@ -84,7 +83,7 @@ class ControlQueue:
         return [*failed, m.Updated(request_id=key, version=update.version, checksum=result.checksum)]
 
     def acknowledged(self, result: m.Acknowledged) -> list[m.FromManager]:
-        """The worker has unloaded, released or reclaimed."""
+        """The worker has unloaded, released or reclaimed; or could not, and all is as it was."""
         control, self._asked = self._asked, None
         assert control is not None
         key = control.request_id
@@ -95,6 +94,7 @@ class ControlQueue:
             case m.UnloadAdapter(adapter=adapter):
                 failed = self._scheduler.unload(adapter)
             case m.Sleep(level=level):
+                self._scheduler.sleep()
                 self.depth = level
             case m.Wake():
                 self.depth = 0

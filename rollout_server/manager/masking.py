@@ -15,11 +15,23 @@ class GrammarError(LightningError):
     """A grammar that cannot be compiled, or cannot be followed any further, within its limits."""
 
 
+def all_but(ids: Collection[int], vocab_size: int) -> bytes:
+    """The mask that allows every other id."""
+    mask = bytearray(b"\xff" * (vocab_size // 8))
+    if vocab_size % 8:
+        mask.append((1 << vocab_size % 8) - 1)
+    for token in ids:
+        if 0 <= token < vocab_size:
+            mask[token >> 3] &= ~(1 << (token & 7))
+    return bytes(mask)
+
+
 class Masker(Protocol):
     """A function of the ids taken so far, and of nothing else: it outlives preemption and a worker's death."""
 
-    def allowed(self, stop_ids: Collection[int]) -> bytes:
-        """A mask as in `messages.Draw.allowed`. Ids of `stop_ids` are in it exactly where the text may end.
+    def allowed(self, stop_ids: Collection[int], *, go_on: bool = False) -> bytes:
+        """A mask as in `messages.Draw.allowed`. Ids of `stop_ids` are in it exactly where the text may end; with `go_on`, only
+        where nothing else is.
 
         Raises GrammarError when it is too much work, or nothing is allowed.
         """

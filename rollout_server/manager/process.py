@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,6 +61,7 @@ class Manager:
         self.scheduler = Scheduler(
             pages=ready.num_pages,
             page_size=ready.page_size,
+            vocab_size=ready.vocab_size,
             max_batch=engine.max_batch,
             max_step_tokens=engine.max_step_tokens,
             lookahead=engine.lookahead,
@@ -90,9 +92,9 @@ class Manager:
             self._reply(replies)
         while (frame := _receive(self.web)) is not None:
             self._reply(self._from_web(m.decode_to_manager(frame)))
-        for compiled in self.compiling.finished():
-            self._reply(self._compiled(compiled))
+        self._reply([reply for compiled in self.compiling.finished() for reply in self._compiled(compiled)])
         self._feed()
+        self.compiling.resume()
 
     def _feed(self) -> None:
         """Queue passes at the worker as far as results and look-ahead allow, or what must have it for itself."""
@@ -105,8 +107,12 @@ class Manager:
                 self._tell_worker(message)
             elif not replies:
                 return
-        while (forward := self.scheduler.plan()) is not None:
-            self._tell_worker(forward)
+        while True:
+            while (forward := self.scheduler.plan()) is not None:
+                self._tell_worker(forward)
+            if not self.scheduler.waits_for_masks:
+                return
+            self._reply(self.scheduler.catch_up())
 
     def _tell_worker(self, message: m.ToWorker) -> None:
         with contextlib.suppress(zmq.Again):  # it has just died, as its pipe will say
@@ -166,12 +172,13 @@ class Manager:
         how = self.worker.stop()
         if self.up:
             self._died_at = time.monotonic()
-        if not self._budget.spend():
+        failed = self.scheduler.recover()
+        if not self._budget.spend(explained=bool(failed)):
             raise WorkerLost(f"ended with {how}, as did those before it")
         log.error("the worker ended with %s; starting another", how)
         self.up = False
         self._orders.clear()
-        replies = [*self.control.recover(), *self.scheduler.recover()]
+        replies = [*self.control.recover(), *failed]
         self.worker.start()
         self._reply(replies)
 
@@ -188,8 +195,12 @@ class Manager:
                 order = self._orders.popleft()
                 assert not isinstance(order, m.Release)
                 self.weights.repeated(order[0], message)
-            case m.Acknowledged():
-                self._orders.popleft()
+            case m.Acknowledged(error=error):
+                order = self._orders.popleft()
+                if error is not None and order == m.Release(weights=True):
+                    log.error("the new worker cannot put its weights away, but sleeps: %s", error)
+                    self.control.depth = 1
+                    self._orders.append(m.Release(weights=False))
             case m.Forwarded():
                 raise RuntimeError("results of a pass that was never sent")
         if self._orders:
@@ -312,7 +323,7 @@ def _first_word(worker: WorkerProcess) -> m.Ready:
 
 
 def serve(engine: EngineConfig, config_file: Path) -> None:
-    """Until SIGTERM. Raises WorkerLost, which says why there is no worker."""
+    """Until SIGINT. Raises WorkerLost, which says why there is no worker."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
     web = context.socket(zmq.PAIR)
     web.set_hwm(0)  # nothing is ever dropped; what is in flight is bounded by the web's admission
@@ -352,8 +363,17 @@ if __name__ == "__main__":
     file = Path(sys.argv[1])
     settings = read_engine_config(file)
     die_with_parent(settings.parent_pid)
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # may come to all processes at once: the web still drains
+    signal.signal(signal.SIGINT, _terminate)
+    code = 1
     try:
         serve(settings, file)
+    except SystemExit:
+        code = 0
     except WorkerLost as lost:
-        raise SystemExit(f"the worker {lost}") from lost
+        print(f"the worker {lost}", file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)  # does not wait for a grammar that is being compiled

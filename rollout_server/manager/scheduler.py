@@ -1,4 +1,5 @@
-"""Decides what each forward pass computes. Plain Python, no clock, no I/O: given the same calls it does the same.
+"""Decides what each forward pass computes. Plain Python, no I/O, and no clock but for masks: given the same calls it does the
+same.
 
 Every pass decodes one token of each running sequence and fills what is left of its token budget with prompts, in chunks.
 Up to `lookahead` passes are planned beyond the one whose results are awaited; a token that is not known yet is named by the
@@ -8,6 +9,8 @@ first, then the youngest running sequence of the lowest priority is preempted: i
 place in the queue.
 
 A sequence with a grammar is masked: what it may draw is known as soon as its last token is, so it is never planned ahead.
+Masks may take long: beyond `MASKS_S` between two passes the rest is computed later, oldest first, and whose mask is late misses a
+pass. No draw depends on that. Before `min_tokens` it is masked against its stop ids, which depends on a count only.
 
 Prompts are prefilled one after the other, so that whatever the next one shares with those before is in the tree when
 its turn comes: no prefix is computed twice while it is kept.
@@ -16,6 +19,7 @@ its turn comes: no prefix is computed twice while it is kept.
 from __future__ import annotations
 
 import itertools
+import time
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -25,7 +29,7 @@ from rollout_server import messages as m
 from rollout_server.manager.counters import Counters
 from rollout_server.manager.gate import Gate
 from rollout_server.manager.integrity import check_integrity
-from rollout_server.manager.masking import GrammarError, Masker
+from rollout_server.manager.masking import GrammarError, Masker, all_but
 from rollout_server.manager.memory import Memory
 from rollout_server.manager.pass_plan import Completion, PassPlan
 from rollout_server.manager.prefix_tree import NO_MATCH, Match, Root
@@ -34,6 +38,8 @@ from rollout_server.manager.sequence import Request, Sequence
 from rollout_server.manager.waiting import WaitingQueue
 
 LAST_DRAWN = [-1]
+MASKS_S = 0.02
+"""Time for masks between two passes; the last one may exceed it."""
 
 
 class Scheduler:
@@ -42,13 +48,15 @@ class Scheduler:
         *,
         pages: int,
         page_size: int,
+        vocab_size: int,
         max_batch: int,
         max_step_tokens: int,
         lookahead: int = 0,
         host_pages: int = 0,
         version: int = 0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.max_step_tokens, self.lookahead = max_step_tokens, lookahead
+        self.max_step_tokens, self.lookahead, self.vocab_size = max_step_tokens, lookahead, vocab_size
         self.memory = Memory(pages=pages, page_size=page_size, host_pages=host_pages)
         self.versions: dict[str, int] = {"": version}
         """Of each adapter that is loaded; `""` is the policy."""
@@ -65,6 +73,9 @@ class Scheduler:
         self.prefilling: Sequence | None = None
         """The one running sequence whose prompt is part-way planned."""
         self._gate = Gate(self.memory)
+        self._late: dict[int, Sequence] = {}
+        """Sequences whose masks are still to be computed, oldest first."""
+        self._clock = clock
         self._stalled = False
         """The last pass was planned without all who should be in it, for want of pages."""
         self._numbers = itertools.count()
@@ -84,8 +95,9 @@ class Scheduler:
     ) -> None:
         """Queue a request: `sampling` None asks for the log-prob of ids[1:]. Lower `priority` goes first.
 
-        Each choice is drawn within `masker`, which is at the beginning of a text. Raises Refused when the request could not run
-        even alone, or its grammar allows nothing.
+        Each choice is drawn within `masker`, which is at the beginning of a text and stays there: a choice takes a copy when
+        its turn comes. Raises Refused when the request could not run
+        even alone, its grammar allows nothing, or its stop ids leave nothing for `min_tokens`.
         """
         size, total = self.memory.page_size, self.memory.pool.total
         longest = len(ids) + (sampling.max_tokens if sampling else 0)
@@ -97,7 +109,13 @@ class Scheduler:
             raise Refused("model_not_found", f"no adapter {adapter!r} is loaded", hint="load it, or ask for the policy")
         if request_id in self.requests:
             raise ValueError(f"request {request_id!r} is under way already")
-        allowed = _first_mask(masker, sampling.stop_ids) if masker and sampling else None
+        allowed = _first_mask(masker, sampling) if masker and sampling else None
+        min_tokens = sampling.min_tokens if sampling and sampling.stop_ids else 0
+        unstopped = None
+        if min_tokens > 0 and sampling and not masker:
+            unstopped = all_but(sampling.stop_ids, self.vocab_size)
+            if not any(unstopped):
+                raise Refused("invalid_sampling", "every id is a stop id: none is left for min_tokens")
         request = Request(request_id, live=n, flow=flow)
         self.requests[request_id] = request
         self.counters.constrained += n if masker else 0
@@ -113,9 +131,11 @@ class Scheduler:
                 prompt_length=len(ids),
                 max_tokens=sampling.max_tokens if sampling else 0,
                 stop_ids=sampling.stop_ids if sampling else (),
+                min_tokens=min_tokens,
+                unstopped=unstopped,
                 serial=masker is not None or (sampling is not None and sampling.needs_history),
                 cost=len(ids) + (self._gate.predictor.remaining(0, sampling.max_tokens) if sampling else 0),
-                masker=masker.fork() if masker is not None else None,
+                template=masker,
                 allowed=allowed,
             )
             request.choices.append(sequence)
@@ -126,17 +146,25 @@ class Scheduler:
         request = self.requests.get(request_id)
         if request is None:
             return
-        for sequence in request.choices:
+        for sequence in list(request.choices):
             if sequence.ended or index not in (None, sequence.index):
                 continue
-            sequence.ended = True
-            request.live -= 1
-            if sequence.slot >= 0:
-                self._leave(sequence)
-            else:
-                self.waiting.discard(sequence)
+            self._drop(sequence)
+
+    def _drop(self, sequence: Sequence) -> None:
+        """It has ended: nothing holds it any longer but the passes that it is in."""
+        request = sequence.request
+        sequence.ended = True
+        sequence.template = sequence.masker = None
+        self._late.pop(sequence.number, None)
+        if sequence.slot >= 0:
+            self._leave(sequence)
+        else:
+            self.waiting.discard(sequence)
+        request.live -= 1
         if not request.live:
-            del self.requests[request_id]
+            del self.requests[request.request_id]
+            request.choices.clear()
 
     @property
     def idle(self) -> bool:
@@ -286,7 +314,7 @@ class Scheduler:
                 continue
             ids, at = sequence.ids, sequence.planned
             known = len(ids)
-            if sequence.serial and at >= known:
+            if sequence.serial and (at >= known or sequence.number in self._late):
                 continue
             if at >= sequence.room:
                 if not self._make_room(sequence, plan):
@@ -294,7 +322,7 @@ class Scheduler:
                         return
                     continue
                 self.memory.extend(sequence, 1, plan)
-            if sequence.serial:
+            if sequence.serial or drawn < sequence.min_tokens:
                 draw = sequence.draw()
             else:
                 draw = m.Draw(slot=sequence.slot, at=drawn)
@@ -394,6 +422,8 @@ class Scheduler:
         while self.free_slots and (head := self.waiting.head()) is not None:
             if head.suspect and any(sequence.suspect for sequence in self.running):
                 break
+            if head.number in self._late:
+                break
             completion = plan.completion_of(head)
             if completion is not None:
                 if not self._fits_beside(head, completion.sequence, plan.step):
@@ -438,6 +468,8 @@ class Scheduler:
 
     def _open(self, sequence: Sequence, plan: PassPlan) -> None:
         sequence.slot = self.free_slots.pop()
+        if sequence.template is not None:
+            sequence.masker, sequence.template = sequence.template.fork(), None
         plan.opens.append(
             m.Open(slot=sequence.slot, sampling=sequence.sampling, index=sequence.index, adapter=sequence.adapter)
         )
@@ -501,7 +533,8 @@ class Scheduler:
         if plan is None or results.step != plan.step or len(results.ids) != len(plan.decoding):
             raise RuntimeError(f"results of pass {results.step} do not belong to the oldest pass under way")
         self.in_flight.popleft()
-        replies: list[m.Tokens | m.Scored | m.Failed] = []
+        until = self._clock() + MASKS_S
+        replies: list[m.Tokens | m.Scored | m.Failed] = [*self.catch_up(until)]
         for (sequence, last), scores in zip(plan.scored, results.scores, strict=True):
             if sequence.ended:
                 continue
@@ -512,13 +545,17 @@ class Scheduler:
                     m.Scored(request_id=sequence.request.request_id, logprobs=sequence.scores, version=version)
                 )
                 self._end(sequence)
-        self._take_tokens(plan.decoding, results, replies)
+        self._take_tokens(plan.decoding, results, replies, until)
         self.memory.release(plan.pages)
         self.free_slots += plan.slots
         return replies
 
     def _take_tokens(
-        self, drawing: Iterable[Sequence], results: m.Forwarded, replies: list[m.Tokens | m.Scored | m.Failed]
+        self,
+        drawing: Iterable[Sequence],
+        results: m.Forwarded,
+        replies: list[m.Tokens | m.Scored | m.Failed],
+        until: float,
     ) -> None:
         size, versions, tops = self.memory.page_size, self.versions, results.top_logprobs
         surplus = sampled = 0
@@ -535,9 +572,14 @@ class Scheduler:
                 reason = "stop"
             elif length - sequence.prompt_length >= sequence.max_tokens:
                 reason = "length"
-            if sequence.masker is not None and reason != "stop":
+            if sequence.masker is not None and reason != "stop" and not (reason and sequence.stop_ids):
                 try:
-                    reason = _mask(sequence, token, reason)
+                    sequence.masker.take(token)
+                    if self._late or self._clock() >= until:
+                        self._late[sequence.number] = sequence
+                        reason = None
+                    else:
+                        reason = _look(sequence)
                 except GrammarError as error:
                     failure = str(error)
             top = tops[at] if tops and sequence.sampling is not None and sequence.sampling.top_logprobs else None
@@ -554,15 +596,41 @@ class Scheduler:
                 )
             )
             if failure is not None:
-                self.counters.grammar_failures += 1
-                replies += self.fail([sequence.request], failure, "grammar_failed")
+                replies += self._fail_grammar(sequence, failure)
             elif reason is not None:
-                self._gate.predictor.finished(length - sequence.prompt_length, sequence.max_tokens)
                 self._end(sequence)
             elif length >= (sequence.in_tree + 1) * size and not sequence.private:
                 self._remember(sequence)
         self.counters.sampled_tokens += sampled
         self.counters.surplus_tokens += surplus
+
+    @property
+    def waits_for_masks(self) -> bool:
+        """There may be nothing to plan before `catch_up`, and no results will come that bring it about."""
+        return bool(self._late) and not (self.in_flight or self.paused or self.asleep)
+
+    def catch_up(self, until: float | None = None) -> list[m.Tokens | m.Failed]:
+        """Compute masks that are late, oldest first, until that time (None: for `MASKS_S`): at least one, if any is. A message for
+        each choice that ends with it, or request that fails."""
+        until = self._clock() + MASKS_S if until is None else until
+        replies: list[m.Tokens | m.Failed] = []
+        while self._late:
+            sequence = self._late.pop(next(iter(self._late)))
+            try:
+                reason = _look(sequence)
+            except GrammarError as error:
+                replies += self._fail_grammar(sequence, str(error))
+                continue
+            if reason is not None:
+                replies.append(_last_word(sequence, reason))
+                self._end(sequence)
+            if self._clock() >= until:
+                break
+        return replies
+
+    def _fail_grammar(self, sequence: Sequence, why: str) -> list[m.Failed]:
+        self.counters.grammar_failures += 1
+        return self.fail([sequence.request], why, "grammar_failed")
 
     def _remember(self, sequence: Sequence) -> None:
         doubles = self.memory.remember(sequence, self.counters.steps)
@@ -574,14 +642,10 @@ class Scheduler:
                 self.memory.release(doubles)
 
     def _end(self, sequence: Sequence) -> None:
-        sequence.ended = True
+        if sequence.sampling is not None:
+            self._gate.predictor.finished(sequence.sampled, sequence.max_tokens)
         self.counters.finished += 1
-        self._leave(sequence)
-        request = sequence.request
-        request.live -= 1
-        if not request.live:
-            del self.requests[request.request_id]
-            request.choices.clear()
+        self._drop(sequence)
 
     # looking in -------------------------------------------------------------------------------------------------------
 
@@ -612,23 +676,35 @@ def _rank(sequence: Sequence) -> tuple[int, int]:
     return sequence.priority, sequence.number
 
 
-def _first_mask(masker: Masker, stop_ids: tuple[int, ...]) -> bytes:
+def _first_mask(masker: Masker, sampling: m.SamplingParams) -> bytes:
     """What may be drawn first. Raises Refused."""
     try:
-        if masker.ended and not stop_ids:
+        if masker.ended and not sampling.stop_ids:
             raise GrammarError("nothing but the empty text fits the grammar")
-        return masker.allowed(stop_ids)
+        return masker.allowed(sampling.stop_ids, go_on=sampling.min_tokens > 0)
     except GrammarError as error:
         raise Refused("grammar_failed", str(error)) from error
 
 
-def _mask(sequence: Sequence, token: int, reason: str | None) -> str | None:
-    """Take in a token, and see what may follow: the reason to finish, if there is one. Raises GrammarError."""
+def _look(sequence: Sequence) -> str | None:
+    """See what may follow its last token: the reason to finish, if there is one. Raises GrammarError."""
     masker = sequence.masker
     assert masker is not None
-    masker.take(token)
     if not sequence.stop_ids and masker.ended:
         return "stop"
-    if reason is None:
-        sequence.allowed = masker.allowed(sequence.stop_ids)
-    return reason
+    if sequence.sampled >= sequence.max_tokens:
+        return "length"
+    sequence.allowed = masker.allowed(sequence.stop_ids, go_on=sequence.sampled < sequence.min_tokens)
+    return None
+
+
+def _last_word(sequence: Sequence, reason: str) -> m.Tokens:
+    return m.Tokens(
+        request_id=sequence.request.request_id,
+        index=sequence.index,
+        ids=[],
+        logprobs=[],
+        versions=[],
+        finish_reason=reason,
+        cached_tokens=sequence.cached_tokens,
+    )

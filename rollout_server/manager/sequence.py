@@ -44,14 +44,20 @@ class Sequence:
     prompt_length: int = 0
     max_tokens: int = 0
     stop_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    """Tokens that are drawn without stop ids; 0 where there are none."""
+    unstopped: bytes | None = None
+    """What may be drawn meanwhile, if no grammar says so."""
     serial: bool = False
     """Its next pass needs the results of its last: it is never planned ahead."""
     cost: int = 1
     """Tokens that it is expected to take: the measure of fairness between flows."""
+    template: Masker | None = None
+    """Its grammar at the beginning, shared with others, until it runs."""
     masker: Masker | None = None
-    """Its grammar, after all known ids."""
+    """The same of its own, after all known ids."""
     allowed: bytes | None = None
-    """What `masker` allows next."""
+    """What the grammar allows next."""
 
     slot: int = -1
     pages: list[int] = field(default_factory=list)
@@ -82,6 +88,8 @@ class Sequence:
     scores: list[float] = field(default_factory=list)
     died_at: int = -1
     """Length of `ids` when a worker last died with a pass of this sequence under way."""
+    charged: bool = False
+    """It has been admitted once: its flow is charged for it."""
     ended: bool = False
 
     @property
@@ -100,12 +108,13 @@ class Sequence:
 
     def draw(self) -> Draw:
         """The draw that comes next."""
+        allowed = self.unstopped if self.drawn < self.min_tokens and self.masker is None else self.allowed
         if self.sampling is not None and self.sampling.needs_history:
             return Draw(
                 slot=self.slot,
                 at=self.drawn,
                 history=self.ids,
                 prompt_length=self.prompt_length,
-                allowed=self.allowed,
+                allowed=allowed,
             )
-        return Draw(slot=self.slot, at=self.drawn, allowed=self.allowed)
+        return Draw(slot=self.slot, at=self.drawn, allowed=allowed)

@@ -9,7 +9,7 @@ request's choices, in the order of their arrival. Virtual time goes on by cost /
 WF2Q+ (Bennett and Zhang, 1997): new flows, which start now, cannot hold back one that waits, however many come.
 
 Aging keeps low priorities from starving: a queue whose head has been passed over by `AGING` admissions of better
-priorities gives the next one. Who was preempted returns to its place.
+priorities gives the next one. Who was preempted returns to its place, and time does not go on when its turn comes again.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class FairQueue:
 
     def discard(self, sequence: Sequence) -> None:
         flow = self._gone(sequence)
-        if not sequence.reached:  # it never ran: its flow is not charged for it
+        if not sequence.charged:  # it never ran: its flow is not charged for it
             flow.end = max(flow.last, flow.end - sequence.cost)
         if len(self._heap) > 2 * self._length + SLACK:
             self._heap = [entry for entry in self._heap if not entry[2].ended]
@@ -86,7 +86,9 @@ class FairQueue:
     def pop(self) -> Sequence:
         sequence = self.head()
         start = heapq.heappop(self._heap)[0]
-        self.now = max(self.now, start) + sequence.cost / self.active
+        if not sequence.charged:
+            self.now = max(self.now, start) + sequence.cost / self.active
+            sequence.charged = True
         self.passed = 0
         self._gone(sequence)
         if len(self.flows) > self._sweep_at:

@@ -22,7 +22,6 @@ from lightning_rl.memory import with_huge_pages
 RESTARTS = 3
 STEADY_S = 60.0
 """A worker that has served for so long begins a new count."""
-_STOP_S = 4.0
 PID_FILE = "worker.pid"
 EPITAPH = "worker.lost"
 """Says how the last worker ended, once there will be no other."""
@@ -33,7 +32,7 @@ class WorkerLost(Exception):
 
 
 class RestartBudget:
-    """At most `RESTARTS` restarts in a row; `clock` is in seconds."""
+    """At most `RESTARTS` restarts in a row that nothing explains; `clock` is in seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -44,12 +43,13 @@ class RestartBudget:
         """The worker is up."""
         self._ready_at = self._clock()
 
-    def spend(self) -> bool:
-        """A worker has died; whether there may be another."""
+    def spend(self, *, explained: bool = False) -> bool:
+        """A worker has died; whether there may be another. `explained`: a request has been failed for it, and for a death before:
+        neither counts."""
         if self._ready_at is not None and self._clock() - self._ready_at >= STEADY_S:
             self._in_a_row = 0
         self._ready_at = None
-        self._in_a_row += 1
+        self._in_a_row = max(0, self._in_a_row - 1) if explained else self._in_a_row + 1
         return self._in_a_row <= RESTARTS
 
 
@@ -93,12 +93,8 @@ class WorkerProcess:
         process, self._process = self._process, None
         if process is None:
             return "no process"
-        process.terminate()
-        try:
-            code = process.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            code = process.wait()
+        process.kill()  # it has nothing to put in order
+        code = process.wait()
         self.socket.close(0)
         os.close(self.pipe)
         return f"signal {-code}" if code < 0 else f"code {code}"

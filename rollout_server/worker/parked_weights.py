@@ -6,10 +6,10 @@ The decoder holds tensors without memory meanwhile. What comes back is what went
 from __future__ import annotations
 
 import ctypes
+import io
 import sys
 import tempfile
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
@@ -19,13 +19,22 @@ from rollout_server.models.decoder import Decoder
 class ParkedWeights:
     def __init__(self, decoder: Decoder, device: torch.device, directory: Path | None) -> None:
         """Take the decoder's tensors away. `directory` is where the file of a CPU's weights lies, without a name; None
-        is the system's place for temporary files."""
+        is the system's place for temporary files.
+
+        Raises OSError or RuntimeError when there is no room for them; the decoder has them still."""
         self._decoder, self._device = decoder, device
         self._pinned: list[torch.Tensor] = []
-        self._file: BinaryIO | None = None
+        self._file: io.FileIO | None = None
         if device.type == "cpu":
-            self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - closed by `restore`
-        decoder.map_tensors(self._take)
+            self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115 - closed by `restore`
+        try:
+            for tensor in decoder.tensors():
+                self._copy(tensor)
+        except BaseException:
+            if self._file is not None:
+                self._file.close()
+            raise
+        decoder.map_tensors(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
 
     def restore(self) -> None:
         """Give the tensors back to the decoder, once."""
@@ -36,19 +45,24 @@ class ParkedWeights:
         if self._file is not None:
             self._file.close()
 
-    def _take(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self._file is not None:
-            self._file.write(_bytes(tensor.contiguous()))
-        else:
+    def _copy(self, tensor: torch.Tensor) -> None:
+        if self._file is None:
             self._pinned.append(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor))
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            return
+        left = _bytes(tensor.contiguous())
+        while left:
+            left = left[self._file.write(left) :]
 
     def _give(self, empty: torch.Tensor) -> torch.Tensor:
         if self._file is None:
             return self._pinned.pop().to(self._device)
         tensor = torch.empty(empty.shape, dtype=empty.dtype)
-        if self._file.readinto(_bytes(tensor)) != tensor.nbytes:  # type: ignore[attr-defined]
-            raise OSError(f"the file of the parked weights ended before a tensor of {tensor.nbytes} bytes")
+        left = _bytes(tensor)
+        while left:
+            count = self._file.readinto(left)
+            if not count:
+                raise OSError(f"the file of the parked weights ended before a tensor of {tensor.nbytes} bytes")
+            left = left[count:]
         return tensor
 
 

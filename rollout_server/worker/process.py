@@ -1,11 +1,13 @@
 """The worker process: one device, one model, one loop: receive a plan, run it, answer.
 
-`python -m rollout_server.worker.process CONFIG.json MANAGER_PID ADDRESS`, started by the manager (`manager.worker_process`).
+`python -m rollout_server.worker.process CONFIG.json MANAGER_PID ADDRESS`, started by the manager (`manager.worker_process`),
+which ends it by SIGKILL.
 """
 
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import time
 from collections import deque
@@ -158,5 +160,7 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     settings = read_engine_config(Path(sys.argv[1]))
     die_with_parent(int(sys.argv[2]))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # may come to all processes at once; the manager ends this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     keep_freed_memory()
     serve(settings, sys.argv[3])

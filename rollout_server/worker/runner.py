@@ -220,13 +220,17 @@ class Runner:
         return m.Acknowledged()
 
     def release(self, release: m.Release) -> m.Acknowledged:
-        """Free the device's pages, and the weights' memory if asked. The host tier of pages stays."""
+        """Free the device's pages, and the weights' memory if asked. The host tier of pages stays. Answers with an error, and
+        everything as it was, when there is no room for the weights elsewhere."""
+        if release.weights and self._parked is None:
+            try:
+                self._parked = ParkedWeights(self.decoder, self._device, self._park_dir)
+            except (OSError, RuntimeError) as error:
+                return m.Acknowledged(error=f"no room to put the weights: {error}")
         if self._graphs is not None:
             self._graphs.forget()
         self._graphs = None
         self.cache.release()
-        if release.weights and self._parked is None:
-            self._parked = ParkedWeights(self.decoder, self._device, self._park_dir)
         return_freed_memory(self._device)
         return m.Acknowledged()
 

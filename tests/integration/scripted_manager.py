@@ -37,6 +37,8 @@ class ScriptedManager:
         self.script: Script = lambda submit: []
         self.submitted: list[m.Submit] = []
         self.cancelled: list[str] = []
+        self.scores: list[m.Score] = []
+        self.answers_scores = True
         self.changes: list[m.ToManager] = []
         """Updates, unloads, pauses and the like, in order."""
         self.refuses: dict[type, m.Failed] = {}
@@ -71,6 +73,9 @@ class ScriptedManager:
                 self.cancelled.append(key)
                 return []
             case m.Score(ids=ids):
+                self.scores.append(message)
+                if not self.answers_scores:
+                    return []
                 return [m.Scored(request_id=key, logprobs=[-float(i) for i in ids[1:]], version=3)]
             case m.UpdateWeights(version=version):
                 self.changes.append(message)

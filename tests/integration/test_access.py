@@ -76,9 +76,20 @@ def test_every_route_but_health_needs_its_own_key(web: Served) -> None:
             continue
         other = KEY if route.access == "admin" else ADMIN
         for path in [route.path, *([f"/e/some{route.path}"] if route.recorded else [])]:
-            path = path.replace("{", "").replace("}", "")
+            path = path.replace(":path", "").replace("{", "").replace("}", "")
             assert status(web, path, method=route.method) == 401
             assert status(web, path, method=route.method, authorization=f"Bearer {other}") == 401
+
+
+def test_a_model_is_found_by_a_name_with_a_slash(tiny_llama: Path) -> None:
+    with served(tiny_llama, served_name="Qwen/Qwen3-0.6B", aliases=[]) as web:
+        for name in ("Qwen/Qwen3-0.6B", "Qwen%2FQwen3-0.6B"):
+            for root in ("", "/e/some"):
+                assert web.get(f"{root}/v1/models/{name}").json()["id"] == "Qwen/Qwen3-0.6B"
+        for name in ("", "Qwen", "Qwen/", "Qwen/Qwen3-0.6B/"):
+            assert web.get(f"/v1/models/{name}").status_code == 404
+        described = web.get("/openapi.json").json()["paths"]
+        assert {"/v1/models/{model}", "/e/{episode}/v1/models/{model}"} <= set(described)
 
 
 def test_refusals_say_how_to_ask_and_never_what_was_shown(web: Served, caplog: pytest.LogCaptureFixture) -> None:

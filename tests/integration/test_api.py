@@ -223,7 +223,7 @@ def test_tool_choice_none_and_one_call_at_a_time(web: Web) -> None:
     assert create(model="tiny", messages=HELLO, tools=[TOOL], tool_choice="none").choices[0].message.content == CALL
     one = create(model="tiny", messages=HELLO, tools=[TOOL], parallel_tool_calls=False).choices[0]
     assert len(one.message.tool_calls or []) == 1
-    assert (one.finish_reason, one.model_extra) == ("tool_calls", {"stop_reason": None})
+    assert (one.finish_reason, one.model_extra, one.message.content) == ("tool_calls", {"stop_reason": None}, None)
     tricky = '<tool_call>{"name": "calculator", "arguments": {"expression": "</tool_call>"}}</tool_call>'
     web.says(tricky + CALL)
     (call,) = (
@@ -413,6 +413,40 @@ def test_harmless_fields_and_values_are_let_through(web: Web) -> None:
     submit = web.manager.submitted[0]
     assert submit.prompt_ids == web.renderer.prompt([{"role": "system", "content": "S"}, *HELLO], [])
     assert (submit.sampling.top_k, submit.sampling.min_p, submit.sampling.stop_ids) == (5, 0.1, (9,))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_generate_with_all_that_clients_send(web: Web, stream: bool) -> None:
+    """Names that the client gives come back; minima reach the engine."""
+    web.says("one", "two", "three", "four")
+    params = {"max_new_tokens": 9, "min_new_tokens": 2, "stop": None, "skip_special_tokens": True, "n": 2}
+    body = {
+        "input_ids": [[5, 6], [7]],
+        "sampling_params": {**params, "spaces_between_special_tokens": False, "no_stop_trim": False},
+        "rid": ["first", "second"],
+        "logprob_start_len": -1,
+        "return_logprob": True,
+        "return_text_in_logprobs": False,
+        "stream": stream,
+    }
+    headers = {"authorization": "Bearer secret"}
+    reply = httpx.post(f"{web.url}/generate", json=body, headers=headers, timeout=20)
+    assert reply.status_code == 200, reply.text
+    if stream:
+        lines = [line.removeprefix("data: ") for line in reply.text.splitlines() if line]
+        answers = [json.loads(line) for line in lines[:-1]]
+    else:
+        answers = reply.json()
+    assert {(answer["index"], answer["meta_info"]["id"]) for answer in answers} == {
+        (0, "first"),
+        (1, "first"),
+        (2, "second"),
+        (3, "second"),
+    }
+    assert [submit.sampling.min_tokens for submit in web.manager.submitted] == [2, 2]
+    for wrong, param in (({"rid": ["one"]}, "rid"), ({"rid": "x" * 257}, "rid")):
+        refused = httpx.post(f"{web.url}/generate", json={**body, **wrong}, headers=headers, timeout=20)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
 
 
 def test_errors_are_the_sdks_own(web: Web) -> None:

@@ -4,12 +4,14 @@ call relates to those before it."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -18,9 +20,11 @@ from lightning_rl.store import Store
 from lightning_rl.token_tree import label_calls
 from rollout_server import messages as m
 from rollout_server.api.config import WebConfig
+from rollout_server.api.front.limits import Limits
 from rollout_server.api.rendering.render import Renderer
 from tests.chat_templates import dir_of, kinds
-from tests.integration.scripted_manager import ScriptedManager, one_by_one, serving_web
+from tests.integration.scripted_manager import ScriptedManager, one_by_one, serving_web, tokens
+from tests.integration.served_web import eventually
 from tests.unit.test_render import TOOL
 
 CALLS = {
@@ -72,8 +76,21 @@ class Server:
 def server(
     request: pytest.FixtureRequest, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("web")
-    model = dir_of(kinds()[request.param], tiny_llama, folder / "model")
+    with serving(request.param, tiny_llama, tmp_path_factory.mktemp("web")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def thinking(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(
+        "qwen3", tiny_llama, tmp_path_factory.mktemp("thinking"), limits=Limits(request_timeout_s=3)
+    ) as running:
+        yield running
+
+
+@contextmanager
+def serving(kind: str, tiny_llama: Path, folder: Path, **settings: Any) -> Iterator[Server]:
+    model = dir_of(kinds()[kind], tiny_llama, folder / "model")
 
     def config(listen_fd: int) -> WebConfig:
         return WebConfig(
@@ -85,11 +102,12 @@ def server(
             listen_fd=listen_fd,
             admin_key="admin",
             store=str(folder / "episodes.db"),
+            **settings,
         )
 
     manager = ScriptedManager(folder)
     with Store.open(folder / "episodes.db") as store, serving_web(config) as url:
-        yield Server(request.param, url, manager, store, Renderer(model))
+        yield Server(kind, url, manager, store, Renderer(model))
     manager.stop()
 
 
@@ -146,3 +164,124 @@ def test_what_is_refused_does_not_count(server: Server) -> None:
     server.says("One.")
     client.chat.completions.create(model="m", messages=[question])
     assert [call.relation for call in server.calls("refused")] == ["root"]
+
+
+QUESTION: dict[str, Any] = {"role": "user", "content": "How much is it?"}
+
+
+def chat(server: Server, messages: list[Any], key: str = "x", **more: Any) -> Any:
+    """Without an episode."""
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=20)
+    return client.chat.completions.create(model="m", messages=messages, **more).choices[0].message
+
+
+def asked(server: Server) -> list[int]:
+    """The ids of the last prompt."""
+    return server.manager.submitted[-1].prompt_ids
+
+
+def test_clients_do_not_meet_and_nobody_is_told_what_a_stranger_thought(thinking: Server) -> None:
+    thinking.says("<think>secret</think>Yes.", "Well.", "Well.", "Well.")
+    chat(thinking, [{"role": "user", "content": "Is one odd?"}], key="a")
+    answered = [{"role": "user", "content": "Is one odd?"}, {"role": "assistant", "content": "Yes."}, QUESTION]
+    chat(thinking, [{**answered[0], "content": "Is two even?"}, *answered[1:]], key="a")
+    assert "secret" not in thinking.renderer.decode(asked(thinking))
+    chat(thinking, answered, key="b")
+    assert "secret" not in thinking.renderer.decode(asked(thinking))
+    chat(thinking, answered, key="a")
+    assert "secret" in thinking.renderer.decode(asked(thinking))
+
+
+def test_another_model_is_another_conversation(thinking: Server) -> None:
+    client = thinking.begin("models")
+    loaded = httpx.post(
+        f"{thinking.url}/v1/load_lora_adapter",
+        json={"lora_name": "other", "lora_path": "/nowhere"},
+        headers={"authorization": "Bearer admin"},
+    )
+    assert loaded.status_code == 200
+    for model, said in (("m", "He llo"), ("other", "Hello")):
+        thinking.says(said.replace(" ", ""))
+        client.chat.completions.create(model=model, messages=[QUESTION])
+    history = [QUESTION, {"role": "assistant", "content": "Hello"}, QUESTION]
+    for model in ("m", "other"):
+        thinking.says("Well.")
+        client.chat.completions.create(model=model, messages=history)
+    policy, adapter, of_policy, of_adapter = thinking.calls("models")
+    assert [call.relation for call in thinking.calls("models")] == ["root", "root", "extension", "extension"]
+    assert (of_policy.parent_id, of_adapter.parent_id) == (policy.id, adapter.id)
+
+
+@pytest.mark.parametrize("said", ["It is forty-", "<think>Let me s", "Well: <tool_c", "Grüße 🌍"])
+def test_what_a_client_got_of_a_stream_that_it_left_is_extended(thinking: Server, said: str) -> None:
+    episode = f"left-{len(said)}"
+    client = thinking.begin(episode)
+    sampled = [i for part in thinking.split(said) for i in thinking.renderer.encode(part)]
+    thinking.manager.script = lambda submit: [tokens(submit, [i]) for i in sampled]
+    shown = {"role": "assistant", "content": "", "reasoning_content": ""}
+    complete = said.removesuffix(" <tool_c").removeprefix("<think>")  # what may be a call is held back
+    with client.chat.completions.create(model="m", messages=[QUESTION], tools=[TOOL], stream=True) as stream:
+        for chunk in stream:
+            delta = chunk.choices[0].delta
+            shown["content"] += delta.content or ""
+            shown["reasoning_content"] += getattr(delta, "reasoning_content", None) or ""
+            if shown["content"] + shown["reasoning_content"] == complete:
+                break
+    eventually(lambda: len(thinking.calls(episode)) == 1)
+    thinking.says("Yes.")
+    thinking.ask(client, [QUESTION, shown, QUESTION])
+    left, after = thinking.calls(episode)
+    assert (left.finish_reason, left.sampled_ids) == ("abort", sampled)
+    assert (after.relation, after.parent_id) == ("extension", left.id)
+    assert after.prompt_ids[: len(left.prompt_ids) + len(sampled)] == left.prompt_ids + sampled
+
+
+def failing(submit: m.Submit) -> list[m.FromManager]:
+    return [m.Failed(request_id=submit.request_id, code="worker_failed", message="gone")]
+
+
+@pytest.mark.parametrize("script", [failing, lambda submit: []], ids=["engine error", "timeout"])
+@pytest.mark.parametrize("raw", [False, True])
+def test_what_was_asked_in_vain_was_not_asked(
+    thinking: Server, script: Callable[[m.Submit], list[m.FromManager]], raw: bool
+) -> None:
+    episode = f"vain-{script is failing}-{raw}"
+    client = thinking.begin(episode)
+
+    def ask(*replies: str) -> Any:
+        if raw:
+            return client.completions.create(model="m", prompt=[300, 301], n=2)
+        return client.chat.completions.create(model="m", messages=[QUESTION], n=2)
+
+    thinking.manager.script = script
+    with pytest.raises(openai.APIError):
+        ask()
+    eventually(lambda: len(thinking.calls(episode)) == 2)
+    for _ in range(2):
+        thinking.says("One.", "Two.")
+        ask()
+    assert [call.relation for call in thinking.calls(episode)[2:]] == ["root", "fork", "fork", "fork"]
+    assert all(not call.sampled_ids for call in thinking.calls(episode)[:2])
+
+
+def test_a_reply_cut_inside_its_reasoning_goes_on_there(thinking: Server) -> None:
+    client = thinking.begin("thoughts")
+    thinking.says("<think>Six times ", end=False)
+    begun = thinking.ask(client, [QUESTION])
+    shown = {"role": "assistant", "content": begun.content, "reasoning_content": begun.reasoning_content}
+    assert begun.reasoning_content == "Six times "
+    more = {"continue_final_message": True, "add_generation_prompt": False}
+    thinking.says("seven, ", end=False)
+    rest = thinking.ask(client, [QUESTION, shown], extra_body=more)
+    assert (rest.content, rest.reasoning_content) == ("", "seven, ")
+    shown["reasoning_content"] += rest.reasoning_content
+    thinking.says("that is</think>42")
+    last = thinking.ask(client, [QUESTION, shown], extra_body=more, response_format={"type": "json_object"})
+    assert (last.content, last.reasoning_content) == ("42", "that is")
+    assert thinking.manager.submitted[-1].grammar.startswith("start: thought ")
+    shown |= {"content": "42", "reasoning_content": "Six times seven, that is"}
+    thinking.says("Yes.")
+    thinking.ask(client, [QUESTION, shown, QUESTION])
+    calls = thinking.calls("thoughts")
+    assert [call.relation for call in calls] == ["root"] + ["extension"] * 3
+    assert calls[-1].prompt_ids[: len(calls[2].prompt_ids)] == calls[2].prompt_ids

@@ -74,6 +74,64 @@ def test_logprobs_are_those_of_the_masked_distribution(tiny_llama: Path) -> None
             matcher.take(token)
 
 
+def test_a_reply_that_would_stop_at_once_goes_on_for_min_tokens(tiny_llama: Path) -> None:
+    """The likeliest id and half of the others are stop ids. Log-probs are of what may be drawn; look-ahead changes nothing."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+
+    def logits_after(ids: list[int]) -> torch.Tensor:
+        with torch.no_grad():
+            logits: torch.Tensor = model(torch.tensor([ids])).logits[0, -1]
+        return logits
+
+    def run(lookahead: int) -> LocalEngine:
+        engine = engine_of(tiny_llama, lookahead=lookahead, batch_invariant=True)
+        for least in (0, 1, 5, 12):
+            greedy = SamplingParams(temperature=0.0, max_tokens=12, stop_ids=stops, min_tokens=least)
+            engine.submit(f"greedy {least}", PROMPT, greedy)
+            drawn = SamplingParams(max_tokens=12, stop_ids=stops, min_tokens=least, seed=least, top_logprobs=3)
+            engine.submit(f"drawn {least}", PROMPT, drawn, n=3)
+        engine.run()
+        return engine
+
+    likeliest = int(logits_after(PROMPT).argmax())
+    stops = (likeliest, *range(1 - likeliest % 2, model.config.vocab_size, 2))
+    engine = run(0)
+    assert engine.outputs["greedy 0"].ids == [likeliest]
+    assert engine.outputs["greedy 12"].finish_reason == "length"
+    assert "stop" in {output.finish_reason for key, output in engine.outputs.items() if " 5" in key}
+    for key, output in engine.outputs.items():
+        least = int(key.split()[1].split("/")[0])
+        assert len(output.ids) >= min(least + 1, 12)
+        assert not set(output.ids[:least]) & set(stops)
+        for at, (token, logprob) in enumerate(zip(output.ids, output.logprobs, strict=True)):
+            logits = logits_after(PROMPT + output.ids[:at])
+            if at < least:
+                logits[list(stops)] = -torch.inf
+            assert logprob == pytest.approx(float(torch.log_softmax(logits, -1)[token]), abs=1e-4)
+            assert token == int(logits.argmax()) or not key.startswith("greedy")
+    for lookahead in (1, 4):
+        assert run(lookahead).outputs == engine.outputs
+
+
+def test_late_masks_change_no_draw(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run() -> LocalEngine:
+        engine = engine_of(tiny_llama, lookahead=1, batch_invariant=True)
+        for i in range(6):
+            stop_ids = (END,) * (i % 2)
+            sampling = SamplingParams(max_tokens=20 + 20 * (i % 3), stop_ids=stop_ids, seed=i)
+            engine.submit(f"masked {i}", PROMPT[i:], sampling, grammar=GRAMMAR)
+        engine.submit("free", PROMPT, SamplingParams(max_tokens=30))
+        engine.run()
+        assert engine.scheduler.idle
+        return engine
+
+    in_time = run()
+    monkeypatch.setattr("rollout_server.manager.scheduler.MASKS_S", 0.0)
+    late = run()
+    assert late.scheduler.counters.steps > 1.5 * in_time.scheduler.counters.steps
+    assert late.outputs == in_time.outputs
+
+
 def test_preemption_and_penalties_keep_the_grammar(tiny_llama: Path) -> None:
     """Too little memory for all; the same ids as with plenty."""
     tokenizer = Tokenizer.from_file(str(tiny_llama / "tokenizer.json"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,11 +12,18 @@ from pathlib import Path
 
 import httpx
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from starlette.requests import Request
 
 from rollout_server.api.errors import ApiError
+from rollout_server.api.exchange import unless_gone
+from rollout_server.api.front.endpoint import Bodies
 from rollout_server.api.front.limits import Admission, Limits, Ticket
+from rollout_server.api.front.patience import PatientRenderer
+from rollout_server.api.front.text_size import IN_THREAD, TextSize
+from rollout_server.api.front.wire import EventStream
+from rollout_server.api.rendering.render import Renderer
 from tests.integration.scripted_manager import tokens
 from tests.integration.served_web import (
     CHAT,
@@ -32,9 +41,10 @@ from tests.integration.served_web import (
 LIMITS = Limits(
     body_bytes=20_000,
     bodies_bytes=50_000,
-    queued_requests=4,
+    queued_requests=8,
     queued_tokens=400,
     flow_requests=3,
+    flow_choices=12,
     request_timeout_s=1.0,
     read_timeout_s=0.6,
     write_timeout_s=0.6,
@@ -98,6 +108,46 @@ def test_large_bodies_together_are_bounded(web: Served) -> None:
     assert web.post(body=hello(user="u" * 19_000)).status_code == 200
 
 
+def test_a_body_that_has_arrived_is_not_refused_for_those_of_others() -> None:
+    """Whoever works on an answer goes on asking whether its client is there."""
+    bodies = Bodies(LIMITS)
+
+    async def heard_from(messages: list[dict[str, object]]) -> list[str]:
+        arriving = iter(messages)
+
+        async def receive() -> dict[str, object]:
+            return next(arriving)
+
+        with contextlib.ExitStack() as at_end:
+            read = bodies.reader({"type": "http", "headers": []}, receive, at_end)
+            first = await read()
+            bodies.held += LIMITS.bodies_bytes
+            return [first["type"], (await read())["type"]]
+
+    body: dict[str, object] = {"type": "http.request", "body": b"{}"}
+    assert asyncio.run(heard_from([body, {"type": "http.disconnect"}])) == ["http.request", "http.disconnect"]
+    with pytest.raises(ApiError, match="too many large requests"):
+        asyncio.run(heard_from([{**body, "more_body": True}, body]))
+
+
+def test_a_watch_that_fails_is_an_error_and_no_client_that_left() -> None:
+    async def failing() -> dict[str, object]:
+        raise ApiError(503, "no more", code="queue_full")
+
+    async def lines():  # type: ignore[no-untyped-def]
+        yield b"data: 1\n\n"
+        await asyncio.sleep(60)
+
+    async def send(message: object) -> None:
+        pass
+
+    http = Request({"type": "http", "headers": []}, failing)
+    with pytest.raises(ApiError, match="no more"):
+        asyncio.run(unless_gone(http, asyncio.sleep(60)))
+    with pytest.raises(ApiError, match="no more"):
+        asyncio.run(EventStream(lines(), lambda error: b"")({"type": "http"}, failing, send))
+
+
 def test_a_flow_may_have_so_much_under_way_and_others_go_on(web: Served) -> None:
     web.manager.script = never
     with ThreadPoolExecutor(4) as pool:
@@ -121,7 +171,7 @@ def test_a_full_queue_refuses_and_a_first_token_makes_room(web: Served) -> None:
             return client.post(CHAT, json=hello(**fields), headers={"authorization": f"Bearer {number}"})
 
         with ThreadPoolExecutor(4) as pool:
-            waiting = [pool.submit(ask, 1, n=2), pool.submit(ask, 2, n=2)]
+            waiting = [pool.submit(ask, 1, n=4), pool.submit(ask, 2, n=4)]
             eventually(lambda: len(web.manager.submitted) == 2)
             refused = ask(3)
             assert error_of(refused) == (503, "queue_full")
@@ -136,6 +186,80 @@ def test_a_full_queue_refuses_and_a_first_token_makes_room(web: Served) -> None:
             assert web.services.admission.queued_requests == 0
             for future in running:
                 future.result()
+
+
+def test_a_flood_of_one_client_leaves_room_for_another(web: Served) -> None:
+    web.manager.script = never
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(web.post, CHAT, hello(n=2)) for _ in range(2)]
+        eventually(lambda: len(web.manager.submitted) == 2)
+        refused = web.post(body=hello(n=2))
+        assert error_of(refused) == (429, "rate_limit_exceeded")
+        assert refused.headers["retry-after"] == "1"
+        web.manager.script = at_once
+        assert web.post(body=hello(n=4), headers={"authorization": "Bearer somebody else"}).status_code == 200
+        assert {future.result().status_code for future in waiting} == {503}
+
+
+def test_a_client_may_have_so_many_choices_under_way(web: Served) -> None:
+    web.manager.script = lambda submit: [tokens(submit, [100], index=at) for at in range(submit.n)]
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(web.post, CHAT, hello(n=8))
+        eventually(lambda: web.services.admission.running_requests == 8)
+        assert error_of(web.post(body=hello(n=8))) == (429, "rate_limit_exceeded")
+        web.manager.script = at_once
+        assert web.post(body=hello(n=4)).status_code == 200
+        assert running.result().status_code == 503
+
+
+@given(st.integers(1, 12), st.integers(1, 64), st.integers(1, 100_000))
+def test_whoever_comes_after_floods_finds_room(floods: int, choices: int, prompt_tokens: int) -> None:
+    """However many episodes send requests until they are refused, one that has sent none yet is let in."""
+    admission = Admission(Limits(flow_requests=10**6, flow_choices=10**6))
+    sending = [f"flood {number}" for number in range(floods)]
+    refusals: list[ApiError] = []
+    while sending:
+        for flow in list(sending):
+            try:
+                admission.enter(flow, choices, prompt_tokens)
+            except ApiError as error:
+                refusals.append(error)
+                sending.remove(flow)
+    assert {error.status for error in refusals} == {429}
+    admission.enter("another", choices, prompt_tokens)
+
+
+def scoring(**fields: object) -> dict[str, object]:
+    prompts = [[20, 21, 22], [23, 24], [25, 26]]
+    return {"model": "tiny", "prompt": prompts, "echo": True, "logprobs": 0, "max_tokens": 0, **fields}
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1])
+def test_prompts_that_are_scored_wait_in_the_same_queue(web: Served, max_tokens: int) -> None:
+    web.manager.answers_scores = False
+    with ThreadPoolExecutor(2) as pool:
+        somebody = {"authorization": "Bearer somebody"}
+        waiting = [
+            pool.submit(web.post, "/v1/completions", scoring(max_tokens=max_tokens)),
+            pool.submit(web.post, "/v1/completions", scoring(max_tokens=max_tokens), headers=somebody),
+        ]
+        eventually(lambda: len(web.manager.scores) == 6)
+        admission = web.services.admission
+        assert (admission.flows, admission.queued_requests, admission.queued_tokens) == (2, 6, 14)
+        other = {"authorization": "Bearer other"}
+        assert error_of(web.post("/v1/completions", scoring(), headers=other)) == (503, "queue_full")
+        assert len(web.manager.scores) == 6
+        assert {future.result().status_code for future in waiting} == {503}
+
+
+def test_scores_that_nobody_waits_for_are_cancelled(web: Served) -> None:
+    web.manager.answers_scores = False
+    with web.connect() as line:
+        body = httpx.Request("POST", "http://x", json=scoring()).content
+        line.sendall(request("/v1/completions", body))
+        eventually(lambda: len(web.manager.scores) == 3)
+    asked = {score.request_id for score in web.manager.scores}
+    eventually(lambda: set(web.manager.cancelled) == asked, seconds=0.8)
 
 
 def test_queued_prompt_tokens_are_bounded_but_any_prompt_may_come_alone(web: Served) -> None:
@@ -247,6 +371,105 @@ def test_a_prompt_that_is_too_long_says_how_long_and_what_the_limit_is(web: Serv
     assert error_of(answer) == (400, "context_length_exceeded")
     assert "5000" in answer.json()["error"]["message"]
     assert str(web.services.context_limit) in answer.json()["error"]["message"]
+
+
+@pytest.fixture(scope="module")
+def roomy(tiny_llama: Path) -> Iterator[Served]:
+    """With the limits that a server has by default."""
+    with served(tiny_llama) as web:
+        yield web
+
+
+CONVERSATIONS = [(CHAT, {}), ("/v1/messages", {"max_tokens": 1}), ("/v1/messages/count_tokens", {}), ("/tokenize", {})]
+
+
+@pytest.mark.parametrize(("path", "fields"), CONVERSATIONS)
+def test_more_messages_than_a_context_has_tokens_are_refused(roomy: Served, path: str, fields: dict[str, int]) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    messages = turns * (roomy.services.context_limit // 2) + turns[:1]
+    answer = roomy.post(path, hello(messages=messages, **fields))
+    assert answer.status_code == 400
+    assert f"may have {roomy.services.context_limit}" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("path", "fields"), CONVERSATIONS)
+def test_a_long_conversation_is_not_tokenised_where_others_are_served(
+    roomy: Served, path: str, fields: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[int] = []
+    encode = Renderer.encode
+    monkeypatch.setattr(Renderer, "encode", lambda self, text: lengths.append(len(text)) or encode(self, text))
+    content = "so many words " * 5000
+    answer = roomy.post(path, hello(messages=[{"role": "user", "content": content}], **fields)).json()
+    assert max(lengths, default=0) < IN_THREAD
+    ids = encode(roomy.services.renderer, roomy.services.renderer.text([{"role": "user", "content": content}], []))
+    counted = answer["count"] if path == "/tokenize" else answer.get("input_tokens")
+    if counted is None:
+        assert f"the prompt has {len(ids)} tokens" in answer["error"]["message"]
+    else:
+        assert counted == len(ids)
+
+
+@given(st.lists(st.integers(0, IN_THREAD * 2), max_size=5))
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_is_tokenised_the_loop_is_held_for_a_bounded_part_of_it(
+    patient: PatientRenderer, sizes: list[int]
+) -> None:
+    """And the ids are those of a renderer that is in no hurry."""
+    texts = [("word " * (size // 5 + 1))[:size] for size in sizes]
+    turns: list[int] = []
+
+    def work() -> list[list[int]]:
+        turns.append(0)
+        found = []
+        for text in texts:
+            ids = patient.encode(text)
+            found.append(list(ids))
+            ids += [0]  # what it got is its own
+        return found
+
+    tokenised = Renderer.encode
+
+    def counting(self: Renderer, text: str) -> list[int]:
+        turns[-1] += len(text)
+        return tokenised(self, text)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Renderer, "encode", counting)
+        found = asyncio.run(patient.patiently(work))
+    assert max(turns) <= IN_THREAD
+    assert found == [tokenised(patient, text) for text in texts]
+
+
+@pytest.fixture(scope="module")
+def patient(tiny_llama: Path) -> PatientRenderer:
+    return PatientRenderer(tiny_llama)
+
+
+@pytest.mark.parametrize("prompts", [1, 4])
+def test_long_prompts_are_tokenised_in_a_thread_also_when_there_are_many_short_ones(
+    patient: PatientRenderer, prompts: int
+) -> None:
+    threads: set[int] = set()
+
+    class Recording:
+        def get_vocab(self) -> dict[str, int]:
+            return patient.tokenizer.get_vocab()
+
+        def encode(self, text: str, **options: bool) -> object:
+            threads.add(threading.get_ident())
+            return patient.tokenizer.encode(text, **options)
+
+        def encode_batch_fast(self, texts: list[str], **options: bool) -> object:
+            threads.add(threading.get_ident())
+            return patient.tokenizer.encode_batch_fast(texts, **options)
+
+    size = TextSize(Recording(), 100_000)  # type: ignore[arg-type]
+    texts = [f"{number} words " * (IN_THREAD // prompts // 8 + 1) for number in range(prompts)]
+    ids = asyncio.run(size.encode(texts, add_special_tokens=True))
+    assert ids == [patient.tokenizer.encode(text).ids for text in texts]
+    assert threads
+    assert threading.get_ident() not in threads
 
 
 @given(

@@ -48,11 +48,11 @@ def chat(number: int, **fields: Any) -> bytes:
 
 
 def quiet(server: RolloutServer, within_s: float = 5.0) -> dict[str, float]:
-    """The counters once nothing runs or waits."""
+    """The counters once nothing runs, waits, or is held by a pass under way."""
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
         stats = server.admin().stats(check=True)
-        if not stats["running"] and not stats["waiting"]:
+        if not stats["running"] and not stats["waiting"] and not stats["in_flight"]:
             return stats
         time.sleep(0.02)
     raise AssertionError(f"still running: {stats}")

@@ -176,6 +176,36 @@ def test_thinking_is_a_block_of_its_own(tiny_llama: Path, tmp_path: Path) -> Non
         assert three.prompt_ids[: len(one.prompt_ids) + len(one.sampled_ids)] == one.prompt_ids + one.sampled_ids
 
 
+def test_thinking_that_is_omitted_goes_on_all_the_same(tiny_llama: Path, tmp_path: Path) -> None:
+    """As harnesses ask that show no thinking and have the API clear it."""
+    with fresh_web(Reasons(tiny_llama, tmp_path), Renderer(tiny_llama)) as web:
+        client = client_of(web, "ep")
+        said = "<think>Six times seven.</think>42."
+        web.says(said, said, "Yes.")
+        asked: Any = {
+            "model": "tiny",
+            "max_tokens": 50,
+            "thinking": {"type": "adaptive", "display": "omitted"},
+            "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+            "betas": ["context-management-2025-06-27"],
+        }
+        question: Any = {"role": "user", "content": "6*7?"}
+        first = client.beta.messages.create(**asked, messages=[question])
+        assert [(block.type, getattr(block, "thinking", None)) for block in first.content] == [
+            ("thinking", ""),
+            ("text", None),
+        ]
+        assert first.context_management is not None
+        assert first.context_management.applied_edits == []
+        with client.beta.messages.stream(**asked, messages=[question]) as stream:
+            assert essence(stream.get_final_message()) == essence(first)
+        sealed = {"type": "redacted_thinking", "data": "c2VhbGVk"}
+        history: Any = [question, {"role": "assistant", "content": [sealed, *first.content]}]
+        client.beta.messages.create(**asked, messages=[*history, {"role": "user", "content": "Sure?"}])
+        one, _, three = web.store.episode("ep").calls
+        assert three.prompt_ids[: len(one.prompt_ids) + len(one.sampled_ids)] == one.prompt_ids + one.sampled_ids
+
+
 class Answer(BaseModel):
     number: int
 

@@ -17,6 +17,7 @@ from tests.integration.scripted_manager import ScriptedManager, tokens
 SAMPLING = m.SamplingParams(max_tokens=9)
 SOURCE = m.Directory(path="/a")
 REFUSAL = m.Failed(request_id="", code="weights_rejected", message="rank 9 is too much")
+OF_ADAPTER = m.SharedMemory(block="/b", tensors=[], adapter_config={})
 BROADCAST = m.Broadcast(init_method="tcp://x:1", world_size=3, rank=1, backend="gloo", tensors=[])
 
 Scene = Callable[[Replicas, list[ScriptedManager]], Awaitable[None]]
@@ -131,6 +132,72 @@ def test_a_replica_that_lost_its_weights_is_avoided_until_it_has_new_ones(tmp_pa
         for manager in managers:
             manager.stats = {"version": 3.0, "worker_up": 0.0}
         assert await code_of(engine.health()) == "engine_unavailable"
+
+    play(tmp_path, scene)
+
+
+def test_a_replica_that_lost_an_adapter_is_avoided_for_that_alone(tmp_path: Path) -> None:
+    async def scene(engine: Replicas, managers: list[ScriptedManager]) -> None:
+        for name in ("", "x", "y"):
+            await engine.update_weights(OF_ADAPTER, 1, adapter=name)
+        served = managers[0].script
+        managers[0].script = lambda submit: (
+            [m.Failed(request_id=submit.request_id, code="weights_lost", message="publish")]
+            if submit.adapter == "x"
+            else served(submit)
+        )
+
+        async def answers(adapter: str) -> int:
+            """How many of four long prompts of the replica that lost it are served there."""
+            before = len(managers[0].submitted)
+            for _ in range(4):
+                await engine.submit([1] * 300, SAMPLING, adapter=adapter).read()
+            return len(managers[0].submitted) - before
+
+        assert [await answers(name) for name in ("", "y")] == [4, 0]
+        assert await code_of(engine.submit([1] * 300, SAMPLING, adapter="x").read()) == "weights_lost"
+        assert [await answers(name) for name in ("", "x")] == [4, 0]
+        await engine.update_weights(OF_ADAPTER, 2)
+        await engine.update_weights(OF_ADAPTER, 2, adapter="y")
+        assert await answers("x") == 0, "other weights do not bring it back"
+        managers[0].script = served
+        await engine.update_weights(OF_ADAPTER, 2, adapter="x")
+        assert await answers("x") == 4
+
+    play(tmp_path, scene)
+
+
+def test_an_admin_call_that_is_cut_off_is_seen_through(tmp_path: Path) -> None:
+    async def scene(engine: Replicas, managers: list[ScriptedManager]) -> None:
+        update = asyncio.ensure_future(engine.update_weights(SOURCE, 3, adapter="x"))
+        await asyncio.sleep(0)
+        update.cancel()
+        await asyncio.wait([update])
+        while "x" not in engine.adapters:
+            await asyncio.sleep(0.01)
+        assert engine.adapters == {"x": 3}
+        unload = asyncio.ensure_future(engine.unload_adapter("x"))
+        await asyncio.sleep(0)
+        unload.cancel()
+        await asyncio.wait([unload])
+        while engine.adapters:
+            await asyncio.sleep(0.01)
+        assert [type(change) for change in managers[0].changes] == [m.UpdateWeights, m.UnloadAdapter]
+
+    play(tmp_path, scene)
+
+
+def test_an_adapter_that_could_not_be_unloaded_can_be_unloaded_again(tmp_path: Path) -> None:
+    async def scene(engine: Replicas, managers: list[ScriptedManager]) -> None:
+        await engine.update_weights(SOURCE, 3, adapter="x")
+        managers[1].refuses[m.UnloadAdapter] = m.Failed(request_id="", code="worker_failed", message="died")
+        assert await code_of(engine.unload_adapter("x")) == "worker_failed"
+        assert engine.adapters == {"x": 3}
+        managers[0].refuses[m.UnloadAdapter] = m.Failed(request_id="", code="model_not_found", message="no adapter")
+        del managers[1].refuses[m.UnloadAdapter]
+        await engine.unload_adapter("x")
+        assert not engine.adapters
+        assert await code_of(engine.unload_adapter("x")) == "model_not_found"
 
     play(tmp_path, scene)
 

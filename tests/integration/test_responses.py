@@ -256,9 +256,28 @@ def test_a_streamed_response_equals_the_whole_one(
     last: Any = events[-1]
     assert last.type == f"response.{whole.status}"
     assert essence(last.response) == essence(whole)
-    assert [item.type for item in last.response.output] == [
-        event.item.type for event in events if event.type == "response.output_item.done"
+    assert [item.to_dict() for item in last.response.output] == [
+        event.item.to_dict() for event in events if event.type == "response.output_item.done"
     ]
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_log_probs_are_of_the_message_that_their_tokens_are_in(web: Web, size: int) -> None:
+    """However they come: a message's own, and those of the call behind it."""
+    before, after = web.renderer.encode(f"Let me see. {CALL}"), [*web.renderer.encode(" So it is."), END]
+    ids = before + after
+    pieces = [ids[at : at + size] for at in range(0, len(ids), size)]
+    web.manager.script = lambda submit: [
+        tokens(submit, piece, "stop" if piece is pieces[-1] else None) for piece in pieces
+    ]
+    asked: Any = {"model": "tiny", "input": "Hi", "tools": [TOOL], "include": ["message.output_text.logprobs"]}
+    whole = web.client().responses.create(**asked)
+    assert [item.type for item in whole.output] == ["message", "function_call", "message"]
+    first, _, second = whole.output
+    for item, said in ((first, before), (second, after)):
+        assert [entry.logprob for entry in item.content[0].logprobs] == [-i / 1000 for i in said]
+    streamed: Any = list(web.client().responses.create(**asked, stream=True))
+    assert essence(streamed[-1].response) == essence(whole)
 
 
 class Reasons(Setting):

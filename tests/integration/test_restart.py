@@ -69,7 +69,7 @@ async def engine(model: Path, directory: Path, **settings: Any) -> AsyncIterator
         yield client, directory
     finally:
         client.close()
-        manager.terminate()
+        manager.send_signal(signal.SIGINT)
         assert manager.wait(10) == 0
 
 
@@ -253,6 +253,51 @@ def test_sigterm_lets_requests_finish_and_refuses_new_ones(serve: tuple[subproce
     thread.join(60)
     assert answers[0].json()["usage"]["completion_tokens"] == 1900
     assert process.wait(20) == 0
+
+
+def test_a_sigterm_to_all_processes_at_once_lets_requests_finish(
+    serve: tuple[subprocess.Popen[str], str], tmp_path: Path
+) -> None:
+    """As systemd and Slurm send it."""
+    process, url = serve
+    answers: list[httpx.Response] = []
+    thread = threading.Thread(target=lambda: answers.append(generate(url, 1900)))
+    thread.start()
+    time.sleep(0.3)
+    family = [process.pid, *children(process.pid)]
+    family += [grandchild for child in family[1:] for grandchild in children(child)]
+    assert len(family) == 4, "not web, manager and worker"
+    for pid in family:
+        os.kill(pid, signal.SIGTERM)
+    time.sleep(0.3)
+    assert thread.is_alive(), answers or "the request ended too early to show anything"
+    thread.join(60)
+    assert answers[0].json()["usage"]["completion_tokens"] == 1900
+    assert process.wait(20) == 0
+    until(lambda: not any(map(alive, family)))
+    assert not list(tmp_path.glob("lrl-*"))
+
+
+def children(pid: int) -> list[int]:
+    threads = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for thread in threads for child in thread.read_text().split()]
+
+
+def test_a_manager_does_not_wait_for_grammars_when_it_ends(tiny_llama: Path, tmp_path: Path) -> None:
+    """Each costs seconds; nobody waits for them any more."""
+
+    async def run() -> float:
+        async with engine(tiny_llama, tmp_path / "engine", kv_tokens=1024) as (client, _):
+            for number in range(20):
+                properties = {f"{number} {i:x}": {} for i in range(2500)}
+                grammar = json.dumps({"grammars": [{"json_schema": {"type": "object", "properties": properties}}]})
+                client.submit([1, 2, 3], m.SamplingParams(), grammar=grammar)
+            while (await client.stats())["compiling"] < 19:
+                await asyncio.sleep(0.01)
+            return time.monotonic()
+
+    began = asyncio.run(run())
+    assert time.monotonic() - began < 3
 
 
 def test_a_second_signal_ends_at_once(serve: tuple[subprocess.Popen[str], str]) -> None:

@@ -35,18 +35,23 @@ def next_token(prefix: int, index: int, at: int) -> int:
 
 
 def masked(token: int, allowed: bytes | None) -> int:
-    """`token`, or the first after it that is allowed."""
-    while allowed is not None and not allowed[token >> 3] >> (token & 7) & 1:
-        token = token % VOCABULARY + 1
-    return token
+    """`token`, or the first after it that is allowed, ids beyond `VOCABULARY` last."""
+    if allowed is None:
+        return token
+    order = [*range(token, VOCABULARY + 1), *range(1, token), *range(VOCABULARY + 1, 8 * len(allowed))]
+    return next(each for each in order if allowed[each >> 3] >> (each & 7) & 1)
 
 
 def expected(prompt: list[int], sampling: m.SamplingParams, index: int = 0, masker: Masker | None = None) -> list[int]:
     """What choice `index` samples, alone in the world."""
     value, ids = chain(prompt), []
     while len(ids) < sampling.max_tokens and not (masker and masker.ended and not sampling.stop_ids):
-        allowed = masker.allowed(sampling.stop_ids) if masker else None
-        ids.append(masked(next_token(value, index, len(ids)), allowed))
+        early = len(ids) < sampling.min_tokens
+        allowed = masker.allowed(sampling.stop_ids, go_on=early) if masker else None
+        token = masked(next_token(value, index, len(ids)), allowed)
+        while early and not masker and token in sampling.stop_ids:
+            token = token % VOCABULARY + 1
+        ids.append(token)
         if ids[-1] in sampling.stop_ids:
             break
         if masker:

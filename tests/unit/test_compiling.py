@@ -6,11 +6,12 @@ import select
 import threading
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from rollout_server import messages as m
 from rollout_server.grammar import Grammars, Matcher
-from rollout_server.manager.compiling import Compiled, Compiling
+from rollout_server.manager.compiling import LEAST_TEXT, Compiled, Compiling
 from rollout_server.manager.masking import GrammarError
 from tests.unit.test_manager import staged
 
@@ -73,6 +74,72 @@ def test_a_grammar_that_is_refused_is_an_answer(vocabulary: Path) -> None:
     assert isinstance(done.grammar, GrammarError)
     with pytest.raises(GrammarError):
         compiling.begin(request("b", "start: /(/"))
+
+
+def test_what_waits_with_grammars_is_bounded(vocabulary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal grammars are one object; beyond the limit requests wait as text, whatever their flow, and flows take turns."""
+    monkeypatch.setattr("rollout_server.manager.compiling.HELD_TEXT", 3 * LEAST_TEXT)
+    compiling = Compiling(Grammars(vocabulary, 49_152))
+    waiting: dict[str, object] = {}
+
+    def take() -> None:
+        while any(pending.future is not None for pending in compiling._pending.values()):
+            for done in next_finished(compiling):
+                assert isinstance(done.grammar, Matcher)
+                waiting[done.submit.request_id] = done.grammar
+
+    def ask(key: str, flow: str) -> None:
+        assert compiling.begin(msgspec.structs.replace(request(key, f'start: "{key}"'), flow=flow)) is None
+
+    for number in range(6):
+        ask(f"flood {number}", "flood")
+    take()
+    assert set(waiting) == {"flood 0", "flood 1", "flood 2"}
+    again = compiling.begin(request("again", 'start: "flood 1"'))
+    assert again is waiting["flood 1"]
+    ask("other 0", "other")
+    ask("gone", "gone")
+    assert compiling.cancel("gone", None)
+    compiling.resume()
+    take()
+    assert len(waiting) == 3
+    del waiting["flood 1"], again
+    compiling.resume()
+    take()
+    assert "other 0" in waiting
+    assert len(waiting) == 3
+    del waiting["flood 0"], waiting["flood 2"]
+    compiling.resume()
+    take()
+    assert set(waiting) == {"other 0", "flood 3", "flood 4"}
+    waiting.clear()
+    compiling.resume()
+    take()
+    waiting.clear()
+    assert not len(compiling)
+    assert not compiling._text, "something is held for nobody"
+
+
+@pytest.mark.parametrize("masks_s", [0.0, 1.0])
+def test_the_manager_admits_those_it_held_back(
+    tmp_path: Path, vocabulary: Path, monkeypatch: pytest.MonkeyPatch, masks_s: float
+) -> None:
+    """Also when there is time for one mask a pass, and nothing but masks to wait for."""
+    monkeypatch.setattr("rollout_server.manager.scheduler.MASKS_S", masks_s)
+    monkeypatch.setattr("rollout_server.manager.compiling.HELD_TEXT", LEAST_TEXT)
+    with staged(tmp_path) as stage:
+        manager = stage.manager
+        manager.compiling = Compiling(Grammars(vocabulary, 50))
+        stage.tell(*(request(str(number), f"start: /[0-9]{{2,{number + 3}}}/") for number in range(5)))
+        heard: list[m.FromManager] = []
+        while len(heard) < 20 and len({x.request_id for x in heard if isinstance(x, m.Tokens) and x.finish_reason}) < 5:
+            if len(manager.compiling):
+                select.select([manager.compiling.pipe], [], [], 0.2)
+                manager.turn()
+            heard += stage.heard()
+        assert {x.request_id for x in heard if isinstance(x, m.Tokens) and x.finish_reason} == set("01234")
+        manager.turn()
+        assert not manager.compiling._text
 
 
 def test_the_manager_serves_others_while_a_grammar_is_compiled(tmp_path: Path, vocabulary: Path) -> None:

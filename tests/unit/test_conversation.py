@@ -4,7 +4,7 @@ edited histories, whose parting token is the one that comparing all calls finds.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -463,6 +463,128 @@ def test_the_nearest_of_many_calls_is_found_without_looking_at_all(plain: Render
         nearest = index._sequences.nearest("", pack(ids))
         assert nearest is not None
         assert nearest.shared == max(shared(ids, call) for call in calls)
+
+
+@pytest.fixture(scope="module")
+def thinking(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Renderer:
+    return Renderer(dir_of(kinds()["qwen3"], tiny_llama, tmp_path_factory.mktemp("thinking")))
+
+
+def remembered(
+    index: ConversationIndex,
+    reply: Message,
+    sampled: list[int],
+    call_id: str,
+    messages: Sequence[Message] = (QUESTION,),
+) -> list[int]:
+    """The ids of a call whose reply the client gets as this message."""
+    prompt = index.prompt("e", list(messages), [TOOL])
+    index.remember("e", list(messages), reply, [TOOL], [*prompt.ids, *sampled], call_id)
+    return [*prompt.ids, *sampled]
+
+
+def extended(index: ConversationIndex, *messages: Message) -> str | None:
+    """The call that the follow-up to these messages extends."""
+    prompt = index.prompt("e", [*messages, QUESTION], [TOOL])
+    index.withdraw(prompt)
+    return prompt.parent_id
+
+
+SECRET = "<think>secret</think>Yes."
+SHOWN = said("Yes.", reasoning_content="secret")
+
+
+@pytest.mark.parametrize("message", [said("Yes."), said(""), said("Yes.", reasoning_content="known")])
+@pytest.mark.parametrize("one_agent", [True, False])
+def test_nobody_is_told_what_a_stranger_thought(thinking: Renderer, message: Message, one_agent: bool) -> None:
+    index = ConversationIndex(thinking)
+    reply = SHOWN if message["content"] else said("", reasoning_content="secret")
+    text = SECRET if message["content"] else "<think>secret"
+    sampled = [*thinking.encode(text), thinking.stop_ids[0]]
+    remembered(index, reply, sampled, "c", [{"role": "user", "content": "Is it?"}])
+    history = [{"role": "user", "content": "Is two even?"}, message, QUESTION]
+    prompt = index.prompt("e", history, [TOOL], one_agent=one_agent)
+    its_own = one_agent and message == said("Yes.")  # of an episode, and one reply only that it can be
+    assert holds(prompt.ids, sampled) == its_own
+    if not its_own:
+        assert (prompt.ids, prompt.relation) == (thinking.prompt(history, [TOOL]), "root")
+
+
+def test_behind_a_change_only_a_reply_that_is_certain_keeps_its_ids(thinking: Renderer) -> None:
+    index = ConversationIndex(thinking)
+    for number, thought in enumerate(("one", "two")):
+        reply = said("Yes.", reasoning_content=thought)
+        messages = [{"role": "user", "content": f"Is it {number}?"}]
+        remembered(index, reply, thinking.encode(f"<think>{thought}</think>Yes."), thought, messages)
+    for given, known in ((None, None), ("two", "two"), ("three", None)):
+        message = said("Yes.") if given is None else said("Yes.", reasoning_content=given)
+        prompt = index.prompt("e", [{"role": "user", "content": "Is it?"}, message, QUESTION], [TOOL])
+        index.withdraw(prompt)
+        for thought in ("one", "two"):
+            assert holds(prompt.ids, thinking.encode(f"<think>{thought}</think>Yes.")) == (thought == known)
+
+
+def call_of(call_id: str) -> dict[str, Any]:
+    return {"id": call_id, "type": "function", "function": {"name": "calculator", "arguments": '{"expression": "1"}'}}
+
+
+DOUBLES: dict[str, tuple[Message, Message]] = {
+    "reasoning": (said("Yes.", reasoning_content="one"), said("Yes.", reasoning_content="two")),
+    "reasoning or none": (said("Yes."), said("Yes.", reasoning_content="two")),
+    "ids of calls": (said("", tool_calls=[call_of("a")]), said("", tool_calls=[call_of("b")])),
+    "white space": (said("x = 1"), said("x = 1\n\n\n")),
+    "white space in reasoning": (said("Yes.", reasoning_content="Hm."), said("Yes.", reasoning_content="Hm.\n")),
+}
+
+
+@pytest.mark.parametrize("double", DOUBLES)
+def test_of_replies_that_say_the_same_the_one_that_was_meant_is_extended(plain: Renderer, double: str) -> None:
+    index = ConversationIndex(plain)
+    first, second = DOUBLES[double]
+    remembered(index, first, [100, 2], "first")
+    remembered(index, second, [101, 2], "second")
+    assert [extended(index, QUESTION, message) for message in (first, second)] == ["first", "second"]
+    for number, reply in ((0, first), (1, second)):  # and later, when the turns after it are the same
+        remembered(index, said("So."), [200 + number, 2], f"after {number}", [QUESTION, reply, QUESTION])
+    for number, reply in ((0, first), (1, second)):
+        assert extended(index, QUESTION, reply, QUESTION, said("So.")) == f"after {number}"
+    bare = {key: value for key, value in second.items() if key != "reasoning_content"}
+    if bare != second and double != "reasoning or none":  # nothing tells them apart
+        assert extended(index, QUESTION, bare) == "second"
+
+
+def test_the_same_ids_said_again_are_found_by_their_last_words(plain: Renderer) -> None:
+    index = ConversationIndex(plain)
+    for number in range(300):
+        remembered(index, said("", tool_calls=[call_of(f"{number}")]), [100 + number % 2, 2], f"{number}")
+    assert extended(index, QUESTION, said("", tool_calls=[call_of("298")])) == "0"
+    assert extended(index, QUESTION, said("", tool_calls=[call_of("299")])) == "1"
+    assert index._replies == 2
+    assert sum(len(candidate.wordings) for found in index._known.values() for candidate in found) < 1_000
+
+
+def test_reasoning_that_was_not_sampled_is_a_change_of_history(plain: Renderer) -> None:
+    index = ConversationIndex(plain)
+    remembered(index, said("Yes.", reasoning_content="Hm."), [100, 2], "c")
+    for reasoning in ("Hm.", " Hm.\n", "", None):
+        assert extended(index, QUESTION, said("Yes.", reasoning_content=reasoning)) == "c"
+    changed = index.prompt("e", [QUESTION, said("Yes.", reasoning_content="Otherwise."), QUESTION], [TOOL])
+    assert (changed.relation, changed.parent_id) == ("edit", None)
+
+
+def test_a_continued_reply_keeps_all_of_its_ids_behind_a_change(plain: Renderer) -> None:
+    index = ConversationIndex(plain)
+    first = index.prompt("e", [QUESTION], [])
+    begun, rest = plain.decode([700, 701]), plain.decode([702])
+    index.remember("e", [QUESTION], said(begun), [], [*first.ids, 700, 701], "cut")
+    goes_on = index.prompt("e", [QUESTION, said(begun)], [], {}, True)
+    assert goes_on.begun_at == len(first.ids)
+    index.remember("e", [QUESTION, said(begun)], said(rest), [], [*goes_on.ids, 702], "rest", {}, True)
+    again = index.prompt("e", [QUESTION, said(begun + rest)], [], {}, True)
+    assert (again.ids, again.begun_at) == ([*first.ids, 700, 701, 702], len(first.ids))
+    other: Message = {"role": "user", "content": "Otherwise?"}
+    edited = index.prompt("e", [other, said(begun + rest), QUESTION], [])
+    assert holds(edited.ids, [first.ids[-1], 700, 701, 702])
 
 
 def test_fingerprints_look_through_what_frameworks_change(plain: Renderer) -> None:

@@ -91,9 +91,11 @@ def test_items_that_come_back_are_the_message_that_was_remembered(events: list[R
 
 
 @settings(deadline=None)
-@given(events=said, cuts=steps_of_events)
-def test_streamed_blocks_are_those_of_the_whole_message(events: list[ReplyEvent], cuts: list[int]) -> None:
-    writer = MessageEvents()
+@given(events=said, cuts=steps_of_events, omits_thinking=st.booleans())
+def test_streamed_blocks_are_those_of_the_whole_message(
+    events: list[ReplyEvent], cuts: list[int], omits_thinking: bool
+) -> None:
+    writer = MessageEvents(omits_thinking=omits_thinking)
     head = {"id": "msg_r", "type": "message", "role": "assistant", "model": "m", "content": [], "stop_reason": None}
     usage = {"input_tokens": 1, "output_tokens": 1}
     stream: list[dict[str, Any]] = [{"type": "message_start", "message": {**head, "usage": usage}}]
@@ -104,8 +106,9 @@ def test_streamed_blocks_are_those_of_the_whole_message(events: list[ReplyEvent]
     snapshot, buffers = None, {}
     for event in stream:
         snapshot = anthropic_streaming.accumulate_event(event=event, current_snapshot=snapshot, json_bufs=buffers)
-    blocks = json.loads(msgspec.json.encode(content_blocks(gather(events).parts)))
+    blocks = json.loads(msgspec.json.encode(content_blocks(gather(events).parts, omits_thinking=omits_thinking)))
     assert snapshot is not None
+    assert not omits_thinking or not any(block.get("thinking") for block in blocks)
     assert [block.to_dict() for block in snapshot.content] == blocks
 
 
@@ -153,4 +156,6 @@ def test_log_probs_come_with_the_deltas_and_none_is_left_out() -> None:
     entries = [entry for event in stream if event["type"].endswith("text.delta") for entry in event["logprobs"]]
     assert [entry["token"] for entry in entries] == list("12345")
     (item,) = [event["item"] for event in stream if event["type"] == "response.output_item.done"]
-    assert item == output_items("r", ("onetwo",), finished=True, logprobs=entries)[0]
+    (whole,) = output_items("r", ("onetwo",), finished=True)
+    whole["content"][0]["logprobs"] = entries
+    assert [item] == writer.items == [whole]

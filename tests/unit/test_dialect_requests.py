@@ -119,7 +119,7 @@ def test_what_a_responses_request_asks_for() -> None:
         ({"tool_choice": "required"}, "tool_choice"),
         ({"text": {"format": {"type": "grammar"}}}, "text.format.type"),
         ({"text": {"format": {"type": "json_schema", "name": "s"}}}, "text.format.schema"),
-        ({"text": {"verbosity": "low"}}, "text.verbosity"),
+        ({"text": {"verbosity": "endless"}}, "text.verbosity"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"include": ["everything"]}, "include.0"),
         ({"stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
@@ -199,6 +199,35 @@ def test_what_a_messages_request_asks_for() -> None:
     assert messages(thinking={"type": "disabled"}).template_options == {"enable_thinking": False}
 
 
+def test_a_harness_of_anthropics_may_edit_thinking_and_send_back_what_it_was_not_shown() -> None:
+    thoughts = [
+        {"type": "redacted_thinking", "data": "c2VhbGVk"},
+        {"type": "thinking", "thinking": "", "signature": ""},
+        {"type": "text", "text": "Hello."},
+    ]
+    turn = messages(
+        messages=[
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": thoughts},
+            {"role": "user", "content": "?"},
+        ],
+        context_management={
+            "edits": [
+                {"type": "clear_thinking_20251015"},
+                {"type": "clear_thinking_20251015", "keep": "all"},
+                {"type": "clear_thinking_20251015", "keep": {"type": "thinking_turns", "value": 2}},
+            ]
+        },
+        thinking={"type": "adaptive", "display": "omitted"},
+    )
+    assert turn.messages == [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "?"},
+    ]
+    assert turn.template_options == {}
+
+
 CALL = {"type": "tool_use", "id": "t", "name": "add", "input": {}}
 IMAGE = {"type": "image", "source": {"type": "url", "url": "x"}}
 
@@ -223,7 +252,13 @@ IMAGE = {"type": "image", "source": {"type": "url", "url": "x"}}
         ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "sub"}}, "tool_choice.name"),
         ({"tools": [TOOL], "tool_choice": {"type": "tool"}}, "tool_choice.name"),
         ({"thinking": {"type": "between_tools"}}, "thinking.type"),
-        ({"thinking": {"type": "adaptive", "display": "omitted"}}, "thinking.display"),
+        ({"thinking": {"type": "adaptive", "display": "updates"}}, "thinking.display"),
+        ({"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}, "context_management.edits.0.type"),
+        ({"context_management": {"edits": [{"type": "compact_20260112"}]}}, "context_management.edits.0.type"),
+        (
+            {"context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "some"}]}},
+            "context_management.edits.0.keep",
+        ),
         ({"container": "c"}, "container"),
         ({"speed": "fast"}, "speed"),
     ],

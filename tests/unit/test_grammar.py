@@ -14,8 +14,9 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
+import rollout_server.grammar
 from rollout_server.grammar import KEPT, Grammars, Matcher
 from rollout_server.grammar_limits import objection
 from rollout_server.manager.masking import GrammarError
@@ -254,6 +255,62 @@ def test_limits_are_found_in_schemas_within_lark() -> None:
     for schema in ({"multipleOf": 99_991}, {"const": "x" * 20_000}, {"pattern": "a{20000}"}):
         assert objection("start: " + '"x" ' + "%json " + json.dumps({"properties": {"a": schema}}) + ' "</x>"')
         assert objection(json.dumps({"grammars": [{"lark_grammar": "start: %json " + json.dumps(schema)}]}))
+
+
+def test_what_only_looks_like_a_schema_is_none(grammars: Grammars) -> None:
+    """In a regular expression, a string or a comment; and what comes after it is still looked at."""
+    text = '%json [{"multipleOf":99991}]'
+    for literal in ("/" + text + "/", "/\\/" + text + "/", json.dumps(text), '"a\\\\" /' + text + "/"):
+        assert objection(f"start: {literal}") is None
+        assert objection(f'start: {literal} "/" {text}') is not None
+        assert grammars.check(f"start: {literal}") is None
+    assert objection(f'start: "a" // {text}\n') is None
+    started = time.process_time()
+    objection('start: "' + '\\"' * 60_000)
+    assert time.process_time() - started < 1
+
+
+@pytest.mark.parametrize("number", ["1e9999999", "-1e-9999999", "1e99999999999999999999", "NaN"])
+def test_numbers_beyond_the_decimal_modules_are_refused(grammars: Grammars, number: str) -> None:
+    assert grammars.check("start: %json {" + f'"multipleOf":{number}' + "}") is not None
+    grammars.check('start: /%json \\{"multipleOf":' + number + "}/")
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, BaseException])
+def test_a_defect_is_the_fault_of_one_grammar(
+    grammars: Grammars, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException], caplog: pytest.LogCaptureFixture
+) -> None:
+    secret = "a " + "secret"
+
+    def fails(grammar: str) -> None:
+        raise kind(secret)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rollout_server.grammar.objection", fails)
+        with pytest.raises(GrammarError, match=kind.__name__):
+            grammars.matcher(f'start: "{kind.__name__}"')
+    assert secret not in caplog.text
+    assert grammars.check(f'start: "{kind.__name__}"') is None
+
+
+@pytest.mark.parametrize(
+    "model",
+    [models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"), models.Unigram([("?", 0.0), ("a", -1.0)], unk_id=0)],
+)
+def test_a_tokenizer_that_llguidance_cannot_read_is_tried_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: models.Model
+) -> None:
+    Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+    tried: list[int] = []
+    made = rollout_server.grammar.LLTokenizer
+    monkeypatch.setattr(
+        rollout_server.grammar, "LLTokenizer", lambda *given, **named: (tried.append(1), made(*given, **named))[1]
+    )
+    grammars = Grammars(tmp_path, 3)
+    for text in ("a", "b"):
+        with pytest.raises(GrammarError, match="tokenizer is of a kind that grammars cannot use"):
+            grammars.matcher(f'start: "{text}"')
+    assert len(tried) == 1
 
 
 def test_grammars_are_kept_and_old_ones_are_forgotten(tiny_llama: Path) -> None:

@@ -362,6 +362,64 @@ def test_the_manager_does_not_wait_for_a_worker_or_a_web_process_that_has_just_g
         pass
 
 
+@pytest.mark.parametrize("level", [1, 2])
+def test_a_sleep_that_fails_leaves_all_as_it_was(stage: Stage, level: int) -> None:
+    stage.tell(submit("a", [1, 2, 3]))
+    stage.work()
+    stage.refuse = "no room"
+    stage.tell(m.Sleep(request_id="s", level=level))
+    heard = stage.heard()
+    assert m.Failed(request_id="s", code="worker_failed", message="no room") in heard
+    assert ids_of(heard, "a") == expected([1, 2, 3], m.SamplingParams(max_tokens=6))
+    stage.refuse = None
+    stage.tell(m.Sleep(request_id="t", level=level), m.Wake(request_id="w"))
+    assert [x for x in stage.heard() if isinstance(x, m.Done)] == [m.Done(request_id="t"), m.Done(request_id="w")]
+
+
+def test_a_deeper_sleep_that_fails_leaves_the_lighter_one(stage: Stage) -> None:
+    stage.tell(m.Sleep(request_id="s", level=1), submit("a", [1, 2, 3]))
+    assert stage.heard() == [m.Done(request_id="s")]
+    stage.refuse = "no room"
+    stage.tell(m.Sleep(request_id="t", level=2))
+    assert lost_codes(stage.heard()) == {"t": "worker_failed"}
+    stage.refuse = None
+    assert stage.queued() == 0
+    stage.tell(m.Wake(request_id="w"))
+    assert ids_of(stage.heard(), "a") == expected([1, 2, 3], m.SamplingParams(max_tokens=6))
+
+
+def test_a_sleep_over_which_the_worker_dies_twice_is_none(stage: Stage) -> None:
+    stage.tell(submit("a", [1, 2, 3]))
+    stage.work()
+    stage.tell(m.Sleep(request_id="s", level=2))
+    while stage.manager.control.under_way is None:
+        stage.work()
+    stage.die()
+    stage.rise()
+    assert isinstance(stage.manager.control.under_way, m.Sleep), "it was not repeated"
+    stage.die()
+    stage.rise()
+    heard = stage.heard()
+    assert lost_codes(heard) == {"s": "worker_failed"}
+    assert not stage.orders
+    assert [x.finish_reason for x in heard if isinstance(x, m.Tokens)][-1] == "length"
+
+
+def test_a_new_worker_that_cannot_put_its_weights_away_sleeps_with_them(stage: Stage) -> None:
+    stage.tell(m.Sleep(request_id="s", level=2))
+    stage.heard()
+    stage.die()
+    stage.refuse = "no room"
+    stage.rise()
+    assert stage.work()
+    stage.refuse = None
+    assert stage.heard() == []
+    assert stage.orders == [m.Release(weights=True), m.Release(weights=False)]
+    stage.tell(m.Wake(request_id="w"))
+    assert stage.heard() == [m.Done(request_id="w")]
+    assert stage.orders[2:] == [m.Reclaim()]
+
+
 def test_a_request_that_kills_fails_alone_after_two_deaths(stage: Stage) -> None:
     """The worker dies whenever it is given a pass of this request; those that were in the same passes go on."""
     prompts = {key: [1 + number, 2, 3] * 3 for number, key in enumerate(("a", "b", "deadly", "c", "d"))}
@@ -381,6 +439,23 @@ def test_a_request_that_kills_fails_alone_after_two_deaths(stage: Stage) -> None
     assert lost_codes(heard) == {"deadly": "worker_failed"}
     for key in ("a", "b", "c", "d"):
         assert ids_of(heard, key) == expected(prompts[key], m.SamplingParams(max_tokens=6))
+
+
+def test_a_request_that_kills_again_and_again_does_not_end_the_server(stage: Stage) -> None:
+    """Whoever sends it once more costs two deaths each time; others are served in between."""
+    for number in range(RESTARTS + 1):
+        stage.tell(submit(f"deadly {number}", [1, 2, 3]))
+        for _ in range(2):
+            stage.manager.turn()
+            stage.die()
+            stage.rise()
+        assert lost_codes(stage.heard()) == {f"deadly {number}": "worker_failed"}
+    stage.tell(submit("a", [1, 2, 3]))
+    assert ids_of(stage.heard(), "a") == expected([1, 2, 3], m.SamplingParams(max_tokens=6))
+    for _ in range(RESTARTS):
+        stage.die()
+    with pytest.raises(WorkerLost):
+        stage.die()
 
 
 def test_a_request_that_gets_on_between_deaths_is_not_blamed(stage: Stage) -> None:
@@ -517,6 +592,12 @@ def test_a_worker_that_keeps_dying_is_given_up() -> None:
         budget.ready()
         now[0] += STEADY_S
         assert [budget.spend() for _ in range(RESTARTS + 1)] == [True] * RESTARTS + [False]
+    budget.ready()
+    now[0] += STEADY_S
+    for _ in range(2 * RESTARTS):
+        assert budget.spend()
+        assert budget.spend(explained=True)
+    assert [budget.spend() for _ in range(RESTARTS + 1)] == [True] * RESTARTS + [False]
 
 
 def test_a_worker_that_dies_before_it_is_ready_is_not_started_again(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import random
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -12,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rollout_server import messages as m
-from rollout_server.manager.masking import GrammarError
+from rollout_server.manager.masking import GrammarError, all_but
 from rollout_server.manager.refusal import Refused
-from rollout_server.manager.scheduler import Scheduler
+from rollout_server.manager.scheduler import MASKS_S, Scheduler
+from rollout_server.manager.sequence import Request, Sequence
+from rollout_server.manager.waiting import SLACK
 from tests.unit.shadow_worker import VOCABULARY, ShadowWorker, expected, expected_scores
 
 PAGE = 4
@@ -33,7 +37,7 @@ class Steps:
     fails: int = 1000
     taken: list[int] = field(default_factory=list)
 
-    def allowed(self, stop_ids: Collection[int]) -> bytes:
+    def allowed(self, stop_ids: Collection[int], *, go_on: bool = False) -> bytes:
         if len(self.taken) >= self.fails:
             raise GrammarError("too much work")
         before = self.taken[-1] if self.taken else 0
@@ -41,7 +45,7 @@ class Steps:
         following = {(before + by) % VOCABULARY + 1 for by in range(self.step)} & words or words
         if self.ended:
             following = set()
-        if len(self.taken) >= self.least:
+        if len(self.taken) >= self.least and not (go_on and following):
             following |= set(stop_ids)
         return bytes([sum(1 << token for token in following)])
 
@@ -74,9 +78,17 @@ class Asked:
 class Engine:
     """Scheduler and shadow worker; passes are executed in order, and results applied, when the test says so."""
 
-    def __init__(self, **given: int) -> None:
-        options = {"pages": 64, "page_size": PAGE, "max_batch": 8, "max_step_tokens": 32, **given}
-        self.scheduler = Scheduler(**options)  # type: ignore[arg-type]
+    def __init__(self, *, tick: float = 0.0, **given: int) -> None:
+        """`tick`: seconds by which the clock goes on with each look at it."""
+        options = {
+            "pages": 64,
+            "page_size": PAGE,
+            "vocab_size": VOCABULARY + 1,
+            "max_batch": 8,
+            "max_step_tokens": 32,
+            **given,
+        }
+        self.scheduler = Scheduler(**options, clock=itertools.count(0.0, tick).__next__)  # type: ignore[arg-type]
         self.worker = ShadowWorker(options["pages"], options["page_size"], options.get("host_pages", 0))
         self.asked: dict[str, Asked] = {}
         self.queue: deque[m.Forward] = deque()
@@ -113,7 +125,11 @@ class Engine:
     def apply(self) -> bool:
         if not self.queue:
             return False
-        for reply in self.scheduler.apply(self.worker.execute(self.queue.popleft())):
+        self.take(self.scheduler.apply(self.worker.execute(self.queue.popleft())))
+        return True
+
+    def take(self, replies: Iterable[m.Tokens | m.Scored | m.Failed]) -> None:
+        for reply in replies:
             asked = self.asked[reply.request_id]
             assert not asked.gone, "an answer to a request that is gone"
             if isinstance(reply, m.Failed):
@@ -131,7 +147,6 @@ class Engine:
             if reply.finish_reason:
                 asked.finished.add(reply.index)
                 self.finish_order.append(reply.request_id)
-        return True
 
     def drain(self) -> None:
         while self.apply():
@@ -141,6 +156,9 @@ class Engine:
         while True:
             while self.plan():
                 pass
+            if self.scheduler.waits_for_masks:
+                self.take(self.scheduler.catch_up())
+                continue
             if not self.apply():
                 break
             if check:
@@ -236,8 +254,9 @@ def random_event(rng: random.Random, engine: Engine, number: int) -> None:
             "pause",
             "resume",
             "sleep",
+            "catch up",
         ],
-        [20, 30, 25, 3, 2, 2, 1, 2, 0.5, 1, 3, 0.7],
+        [20, 30, 25, 3, 2, 2, 1, 2, 0.5, 1, 3, 0.7, 1],
     )[0]
     modes: list[m.Running] = ["keep", "reprefill", "abort"]
     key = str(number)
@@ -245,6 +264,7 @@ def random_event(rng: random.Random, engine: Engine, number: int) -> None:
         sampling = m.SamplingParams(
             max_tokens=rng.choice([rng.randint(1, 9), 24]),
             stop_ids=rng.choice([(), (1, 2, 3), (1, 2, 3, 4, 5)]),
+            min_tokens=rng.choice([0, 0, 1, 5]),
             presence_penalty=rng.choice([0.0, 0.0, 0.5]),
         )
         adapter = rng.choice(list(scheduler.versions))
@@ -275,6 +295,8 @@ def random_event(rng: random.Random, engine: Engine, number: int) -> None:
         scheduler.wake()
     elif event == "sleep":
         engine.sleep()
+    elif event == "catch up":
+        engine.take(scheduler.catch_up())
 
 
 @settings(max_examples=150, deadline=None)
@@ -285,9 +307,10 @@ def random_event(rng: random.Random, engine: Engine, number: int) -> None:
     max_batch=st.integers(1, 6),
     max_step_tokens=st.integers(2, 40),
     lookahead=st.integers(0, 3),
+    tick=st.sampled_from([0.0, MASKS_S / 3, MASKS_S]),
 )
 def test_random_interleavings(
-    seed: int, pages: int, host_pages: int, max_batch: int, max_step_tokens: int, lookahead: int
+    seed: int, pages: int, host_pages: int, max_batch: int, max_step_tokens: int, lookahead: int, tick: float
 ) -> None:
     rng = random.Random(seed)
     engine = Engine(
@@ -296,6 +319,7 @@ def test_random_interleavings(
         max_batch=max_batch,
         max_step_tokens=max_step_tokens,
         lookahead=lookahead,
+        tick=tick,
     )
     for number in range(rng.randint(20, 120)):
         random_event(rng, engine, number)
@@ -315,7 +339,9 @@ def test_outputs_do_not_depend_on_the_way(seed: int) -> None:
         rng = random.Random(seed)
         engine = Engine(**options)
         for number in range(25):
-            sampling = m.SamplingParams(max_tokens=rng.randint(1, 9), stop_ids=rng.choice([(), (1,)]))
+            sampling = m.SamplingParams(
+                max_tokens=rng.randint(1, 9), stop_ids=rng.choice([(), (1,)]), min_tokens=rng.choice([0, 3])
+            )
             prompt = [rng.randint(1, 2) for _ in range(rng.randint(1, 30))]
             engine.submit(str(number), prompt, sampling, n=rng.choice([1, 3]))
             if rng.random() < 0.3:
@@ -483,6 +509,120 @@ def test_a_grammar_that_has_ended_ends_the_choice_without_another_draw() -> None
     engine.verify_no_leak()
 
 
+@pytest.mark.parametrize("stop_ids", [(), (1, 2)])
+def test_masks_that_take_long_delay_nobody_else(stop_ids: tuple[int, ...]) -> None:
+    """A mask a pass is all there is time for: free sequences get a token a pass, masked ones take turns, and what is drawn
+    is the same."""
+    engine = Engine(lookahead=1, max_batch=16, tick=MASKS_S)
+    engine.submit("free", [1, 2, 3, 4], new=12)
+    for i in range(8):
+        sampling = m.SamplingParams(max_tokens=6, stop_ids=stop_ids)
+        engine.submit(f"masked {i}", [1, 2, i + 1], sampling, masker=Steps(2, most=5))
+    for _ in range(14):
+        while engine.plan():
+            pass
+        engine.apply()
+    assert len(engine.asked["free"].outputs[0]) >= 12
+    masked = [engine.asked[f"masked {i}"] for i in range(8)]
+    lengths = [len(asked.outputs[0]) for asked in masked if not asked.finished]
+    assert max(lengths) - min(lengths) <= 2, "they do not take turns"
+    engine.run()
+    engine.verify()
+    engine.verify_no_leak()
+
+
+def test_masks_that_are_late_when_their_requests_go() -> None:
+    """Cancelled, preempted by an update, or with nothing else to do: nobody waits for ever."""
+    engine = Engine(tick=MASKS_S)
+    for i in range(6):
+        engine.submit(str(i), [1, 2, 3], new=5, masker=Steps(2, most=3 + i % 2))
+    engine.plan()
+    engine.apply()
+    assert len(engine.scheduler._late) >= 4
+    engine.cancel("1")
+    engine.update("", 1)
+    engine.run()
+    engine.verify()
+    engine.verify_no_leak()
+    assert not engine.scheduler._late
+
+
+@pytest.mark.parametrize("end", ["cancel", "fail", "cancel each"])
+def test_requests_that_end_leave_no_garbage(end: str) -> None:
+    """Reference counts free them at once: the manager's garbage is collected rarely."""
+    engine = Engine(pages=400)
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(300):
+            engine.scheduler.submit(str(number), [1] * 50, m.SamplingParams(max_tokens=4), n=2, masker=Steps())
+            if number % 3 == 0:
+                engine.scheduler.plan()
+                for plan in list(engine.scheduler.in_flight):
+                    draws = len(plan.decoding)
+                    forwarded = m.Forwarded(
+                        step=plan.step, ids=[1] * draws, logprobs=[0.0] * draws, top_logprobs=[], scores=[], seconds=0.0
+                    )
+                    engine.scheduler.apply(forwarded)
+            if end == "fail":
+                engine.scheduler.fail(list(engine.scheduler.requests.values()), "why")
+            for index in (0, 1) if end == "cancel each" else (None,):
+                engine.scheduler.cancel(str(number), index)
+        alive = [each for each in gc.get_objects() if isinstance(each, Sequence | Request)]
+        assert len(alive) <= 2 * SLACK + 2, "more than the queue's own entries"
+        assert not any(each.masker or each.template for each in alive if isinstance(each, Sequence))
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("lookahead", [0, 3])
+def test_no_choice_stops_before_min_tokens(lookahead: int) -> None:
+    """In too little memory; nobody waits for results, as the mask depends on a count only."""
+    engine = Engine(pages=24, lookahead=lookahead)
+    for i in range(8):
+        sampling = m.SamplingParams(max_tokens=20, stop_ids=(1, 2, 3, 4, 6), min_tokens=2 * i)
+        engine.submit(f"{i}", [1, 2, 3, 4, 5], sampling, n=3)
+    engine.plan()
+    engine.plan()
+    assert len(engine.queue) == 1 + (lookahead > 0), "it waits for results that it does not need"
+    engine.run()
+    engine.verify()
+    engine.verify_no_leak()
+    lengths = {key: {len(ids) for ids in asked.outputs.values()} for key, asked in engine.asked.items()}
+    assert all(min(found) > 2 * int(key) for key, found in lengths.items())
+    assert 1 in lengths["0"], "it would not have stopped at once anyway"
+
+
+def test_min_tokens_within_a_grammar() -> None:
+    """A grammar that has ended leaves nothing but to stop."""
+    engine = Engine(lookahead=1)
+    sampling = m.SamplingParams(max_tokens=20, stop_ids=(1, 2), min_tokens=6)
+    engine.submit("long enough", [1, 2, 3], sampling, n=4, masker=Steps(2))
+    engine.submit("ends", [1, 2, 3], sampling, n=4, masker=Steps(2, most=3))
+    engine.submit("ends at once", [1, 2, 3], m.SamplingParams(max_tokens=20, min_tokens=6), masker=Steps(2, most=3))
+    engine.run()
+    engine.verify()
+    assert min(len(ids) for ids in engine.asked["long enough"].outputs.values()) > 6
+    assert {len(ids) for ids in engine.asked["ends"].outputs.values()} == {4}
+    assert len(engine.asked["ends at once"].outputs[0]) == 3
+
+
+@pytest.mark.parametrize("size", [1, 8, 13, 16])
+def test_a_mask_against_ids_allows_all_others(size: int) -> None:
+    mask = all_but([0, 3, 11, 99, -1], size)
+    assert len(mask) == -(-size // 8)
+    allowed = [i for i in range(8 * len(mask)) if mask[i >> 3] >> (i & 7) & 1]
+    assert allowed == [i for i in range(size) if i not in (0, 3, 11)]
+
+
+def test_min_tokens_without_an_id_that_is_no_stop_id_is_refused() -> None:
+    scheduler = Engine().scheduler
+    with pytest.raises(Refused, match="min_tokens") as refused:
+        scheduler.submit("a", [1], m.SamplingParams(max_tokens=4, stop_ids=tuple(range(VOCABULARY + 1)), min_tokens=1))
+    assert refused.value.code == "invalid_sampling"
+    assert scheduler.idle
+
+
 def test_a_grammar_that_fails_fails_its_request_and_no_other() -> None:
     engine = Engine(lookahead=1)
     engine.submit("bad", [1, 2, 3], new=9, n=3, masker=Steps(fails=3))
@@ -611,7 +751,7 @@ def test_an_update_while_sequences_run(running: m.Running) -> None:
 
 
 def test_a_request_that_can_never_fit_is_refused() -> None:
-    scheduler = Scheduler(pages=4, page_size=PAGE, max_batch=1, max_step_tokens=16)
+    scheduler = Scheduler(pages=4, page_size=PAGE, vocab_size=VOCABULARY, max_batch=1, max_step_tokens=16)
     with pytest.raises(Refused, match="17 tokens") as refused:
         scheduler.submit("a", [1] * 10, m.SamplingParams(max_tokens=7))
     assert refused.value.code == "too_large"

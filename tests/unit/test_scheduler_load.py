@@ -14,7 +14,9 @@ REQUESTS = 100_000
 def test_a_hundred_thousand_requests() -> None:
     """Groups, common prefixes, growing conversations, stops and cancellations, in a memory that is far too small."""
     rng = random.Random(0)
-    scheduler = Scheduler(pages=3000, page_size=16, max_batch=256, max_step_tokens=4096, lookahead=1, host_pages=1000)
+    scheduler = Scheduler(
+        pages=3000, page_size=16, vocab_size=1000, max_batch=256, max_step_tokens=4096, lookahead=1, host_pages=1000
+    )
     system = [[rng.randrange(1000) for _ in range(rng.randrange(20, 60))] for _ in range(40)]
     queue: list[m.Forward] = []
     submitted = finished = cancelled = steps = 0

@@ -151,6 +151,25 @@ def test_new_flows_without_end_do_not_starve_an_old_one() -> None:
     assert served.count("old") == 2
 
 
+def test_who_is_put_back_is_not_charged_again() -> None:
+    """After many updates, each of which puts everybody back, a newcomer's turn comes as soon as before."""
+    queue = WaitingQueue()
+    for flow in "abcd":
+        for _ in range(40):
+            queue.push(*arriving(flow, cost=10))
+    for _ in range(20):
+        running = [queue.pop() for _ in range(16)]
+        for sequence in running:
+            sequence.reached = 10
+            queue.put_back(sequence)
+    (late,) = arriving("late", cost=10)
+    queue.push(late)
+    before = 0
+    while queue.pop() is not late:
+        before += 1
+    assert before <= 16 + 2 * 4
+
+
 def test_who_was_passed_over_often_enough_is_next() -> None:
     queue = WaitingQueue()
     (low,) = arriving(priority=9)

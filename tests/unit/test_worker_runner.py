@@ -6,7 +6,9 @@ The oracle computes each sequence token by token from its whole prefix, alone, w
 from __future__ import annotations
 
 import gc
+import io
 import json
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ import pytest
 import torch
 import zmq
 from safetensors.torch import save_file
+from typing_extensions import Buffer
 
 from lightning_rl.errors import ModelError
 from rollout_server import messages as m
@@ -426,6 +429,41 @@ def test_sleep_and_wake(model: Path, adapters: dict[str, Path]) -> None:
     same(s, alone(model, s, 5, adapters["a"]))
     loaded = runner.load(m.Load(source=m.Directory(path=str(adapters["b"])), version=2, adapter="a"))
     assert loaded.error is None
+
+
+def test_weights_that_have_no_room_elsewhere_stay(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is released then, and the same passes give the same as before."""
+    runner = make_runner(model)
+    layers, bits = runner.cache.layers, [tensor.clone() for tensor in runner.decoder.tensors()]
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.TemporaryFile", lambda **_: io.FileIO("/dev/full", "r+"))
+        answer = runner.release(m.Release(weights=True))
+    assert "No space left" in (answer.error or "")
+    assert runner.cache.layers is layers
+    assert all(torch.equal(a, b) for a, b in zip(runner.decoder.tensors(), bits, strict=True))
+    s = Sequence_(0, prompt(1, 9), KINDS[1])
+    Manager(runner).generate([s], 5)
+    same(s, alone(model, s, 5))
+    assert runner.release(m.Release(weights=True)) == m.Acknowledged()
+    assert runner.reclaim() == m.Acknowledged()
+
+
+def test_weights_are_written_and_read_in_as_many_parts_as_the_system_likes(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Small(io.FileIO):
+        def write(self, data: Buffer) -> int:
+            return super().write(memoryview(data)[:1000])
+
+        def readinto(self, data: Buffer) -> int:
+            return super().readinto(memoryview(data)[:700])
+
+    runner = make_runner(model)
+    bits = [tensor.clone() for tensor in runner.decoder.tensors()]
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: Small(os.memfd_create("weights"), "r+b"))
+    assert runner.release(m.Release(weights=True)) == m.Acknowledged()
+    assert runner.reclaim() == m.Acknowledged()
+    assert all(torch.equal(a, b) for a, b in zip(runner.decoder.tensors(), bits, strict=True))
 
 
 def test_the_process_answers_in_order(model: Path, adapters: dict[str, Path], tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 from starlette.requests import Request
@@ -56,7 +57,7 @@ class _Writer:
             whole["prompt_token_ids"] = self._run.prompt_ids
         return whole
 
-    async def chunks(self, first: Step, rest: AsyncIterator[Step]) -> AsyncIterator[dict[str, Any]]:
+    async def chunks(self, first: Step, rest: AsyncGenerator[Step, None]) -> AsyncGenerator[dict[str, Any], None]:
         """Of each choice its role, then what it says, then how it ended; usage last."""
         request, head = self._request, self._head("chat.completion.chunk")
         options = request.stream_options
@@ -68,16 +69,17 @@ class _Writer:
                 return {**head, "usage": openai_usage(self._run.usage()), "choices": [choice]}
             return {**head, "choices": [choice]}
 
-        for index in range(request.n):
-            opening = chunk({"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None})
-            if request.return_token_ids and index == 0:
-                opening["prompt_token_ids"] = self._run.prompt_ids
-            yield opening
-        for choice in self._deltas(first):
-            yield chunk(choice)
-        async for step in rest:
-            for choice in self._deltas(step):
+        async with aclosing(rest):
+            for index in range(request.n):
+                opening = chunk({"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None})
+                if request.return_token_ids and index == 0:
+                    opening["prompt_token_ids"] = self._run.prompt_ids
+                yield opening
+            for choice in self._deltas(first):
                 yield chunk(choice)
+            async for step in rest:
+                for choice in self._deltas(step):
+                    yield chunk(choice)
         if options.include_usage:
             yield {**head, "choices": [], "usage": openai_usage(self._run.usage())}
 

@@ -1,7 +1,7 @@
 """The body of `POST /v1/chat/completions`, and the turn that it asks for.
 
 OpenAI's fields, and what vLLM and SGLang agree on beside them. Harmless, since nothing here depends on them: `user`, `metadata`,
-`store`, `service_tier`, `safety_identifier`, `prompt_cache_key`.
+`store`, `service_tier`, `safety_identifier`, `prompt_cache_key`, `prompt_cache_retention`.
 """
 
 from __future__ import annotations
@@ -14,18 +14,6 @@ from pydantic import ConfigDict, Field
 from rollout_server.api.dialects.fields import Lenient, Natural, SampledFields, Strict, invalid, parse
 from rollout_server.api.errors import ApiError
 from rollout_server.api.turn import Constraint, JsonSchema, Message, OneOf, Regex, ToolChoice, Turn
-
-_OFF: dict[str, Sequence[Any]] = {
-    "modalities": (["text"],),
-    "echo": (False,),
-    "min_tokens": (0,),
-    "skip_special_tokens": (True,),
-    "include_stop_str_in_output": (False,),
-    "include_reasoning": (True,),
-    "separate_reasoning": (True,),
-    "verbosity": ("medium",),
-    "functions": ([],),
-}
 
 
 class FunctionCall(Lenient):
@@ -105,6 +93,15 @@ class StructuredOutputs(Strict):
 
 
 class ChatRequest(SampledFields):
+    off = {
+        **SampledFields.off,
+        "modalities": (["text"],),
+        "echo": (False,),
+        "include_reasoning": (True,),
+        "separate_reasoning": (True,),
+        "functions": ([],),
+    }
+
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     tools: Annotated[list[ToolDefinition], Field(max_length=1024)] = []
     tool_choice: str | dict[str, Any] = "auto"
@@ -121,6 +118,8 @@ class ChatRequest(SampledFields):
     """Further variables of the chat template, as `enable_thinking`."""
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     """Handed to the template, if it asks for it; `none` is `enable_thinking: false` and `thinking: false`."""
+    verbosity: Literal["low", "medium", "high"] | None = None
+    """Handed to the template, if it asks for it."""
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     """The last message is the assistant's own, and the reply goes on with it."""
@@ -159,6 +158,8 @@ class ChatRequest(SampledFields):
             options = {"enable_thinking": False, "thinking": False, **options}
         elif self.reasoning_effort is not None:
             options.setdefault("reasoning_effort", self.reasoning_effort)
+        if self.verbosity is not None:
+            options.setdefault("verbosity", self.verbosity)
         return options
 
 
@@ -174,7 +175,7 @@ _TEMPLATE_OWN = {
 
 
 def parse_chat(body: dict[str, Any]) -> ChatRequest:
-    return parse(ChatRequest, body, off=_OFF)
+    return parse(ChatRequest, body)
 
 
 def response_constraint(wanted: ResponseFormat | None, structured: StructuredOutputs | None) -> Constraint | None:

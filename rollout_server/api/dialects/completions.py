@@ -1,13 +1,15 @@
 """`POST /v1/completions`: text or token ids in, text out, without a chat template.
 
 `echo` gives the prompt back before the completion, with `logprobs: 0` also the log-probs of its tokens; `max_tokens: 0` then
-scores the prompt alone. Alternatives to tokens of the prompt are not computed, so `echo` refuses more.
+scores the prompt alone. Alternatives to tokens of the prompt are not computed, so `echo` refuses more, rather than leaving out
+what evaluation harnesses read from them: whether the prompt's tokens are the likeliest ones.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from functools import partial
 from typing import Annotated, Any
 
@@ -21,24 +23,19 @@ from rollout_server.api.dialects.chat_request import ResponseFormat, StructuredO
 from rollout_server.api.dialects.fields import LIMIT, MAX_CHOICES, SampledFields, TokenIds, invalid, parse
 from rollout_server.api.errors import ApiError
 from rollout_server.api.exchange import Event, Exchange, Plan, drain, finish_reason, remember_ids, unless_gone
+from rollout_server.api.front.visit import visit
 from rollout_server.api.front.wire import event_stream, json_body, json_response
 from rollout_server.api.replies.logprobs import completion_logprobs
 from rollout_server.api.services import Services
 from rollout_server.api.turn import SamplingOptions
 from rollout_server.api.turn_run import Usage, constraint_reading
 
-_OFF: dict[str, Sequence[Any]] = {
-    "suffix": ("",),
-    "best_of": (1,),
-    "min_tokens": (0,),
-    "skip_special_tokens": (True,),
-    "include_stop_str_in_output": (False,),
-}
-
 NOTHING = Piece("", [], [], [])
 
 
 class CompletionRequest(SampledFields):
+    off = {**SampledFields.off, "suffix": ("",), "best_of": (1,)}
+
     prompt: Annotated[
         str | Annotated[list[str], Field(fail_fast=True)] | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)],
         Field(description="text or ids, one or several"),
@@ -63,7 +60,7 @@ class CompletionRequest(SampledFields):
 
 
 def parse_completion(body: dict[str, Any]) -> CompletionRequest:
-    request = parse(CompletionRequest, body, off=_OFF)
+    request = parse(CompletionRequest, body)
     prompts = request.prompts()
     if not prompts or not all(prompts):
         raise invalid("prompt", "prompt must not be empty")
@@ -79,18 +76,18 @@ def parse_completion(body: dict[str, Any]) -> CompletionRequest:
 async def completions(services: Services, http: Request, episode_id: str | None) -> Response:
     body = await json_body(http)
     request = parse_completion(body)
-    prompts = [await encoded(services, prompt, request.add_special_tokens) for prompt in request.prompts()]
+    prompts = await encoded(services, request.prompts(), request.add_special_tokens)
     log = await services.episode(episode_id)
     exchange = Exchange(
         services, http, log, request.model, request.options(), body, partial(remember_ids, services, episode_id)
     )
+    constraint = response_constraint(request.response_format, request.structured_outputs)
+    param = "response_format" if request.structured_outputs is None else "structured_outputs"
+    reading = await unless_gone(http, constraint_reading(services, constraint, param))
     echoes = await unless_gone(http, _echoes(exchange, request, prompts))
     writer = _Writer(exchange, request, prompts, echoes)
     if request.max_tokens == 0:
         return json_response(writer.whole())
-    constraint = response_constraint(request.response_format, request.structured_outputs)
-    param = "response_format" if request.structured_outputs is None else "structured_outputs"
-    reading = await constraint_reading(services, constraint, param)
     exchange.admit_ids(prompts, reading, prompt_param="prompt")
     events = exchange.events(reads_along=request.stream)
     if request.stream:
@@ -100,15 +97,16 @@ async def completions(services: Services, http: Request, episode_id: str | None)
     return json_response(writer.whole())
 
 
-async def encoded(services: Services, prompt: str | list[int], add_special_tokens: bool) -> list[int]:
+async def encoded(services: Services, prompts: Sequence[str | list[int]], add_special_tokens: bool) -> list[list[int]]:
     """Raises ApiError for a text that is too long, or ids that the model does not have."""
-    if isinstance(prompt, str):
-        return await services.text_size.encode(prompt, add_special_tokens=add_special_tokens)
-    if prompt and max(prompt) >= services.vocab_size:
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    of_texts = iter(await services.text_size.encode(texts, add_special_tokens=add_special_tokens))
+    ids = [next(of_texts) if isinstance(prompt, str) else prompt for prompt in prompts]
+    if any(prompt and max(prompt) >= services.vocab_size for prompt in ids):
         raise ApiError(
             400, f"token ids must lie in 0 … {services.vocab_size - 1}", param="prompt", code="invalid_token_ids"
         )
-    return prompt
+    return ids
 
 
 async def _echoes(exchange: Exchange, request: CompletionRequest, prompts: list[list[int]]) -> list[Piece]:
@@ -118,13 +116,25 @@ async def _echoes(exchange: Exchange, request: CompletionRequest, prompts: list[
     services = exchange.services
     scored: list[list[float]] = [[] for _ in prompts]
     if request.logprobs is not None:
-        answers = await asyncio.gather(*(services.engine.score(ids, exchange.adapter) for ids in prompts))
-        scored = [answer.logprobs for answer in answers]
+        scored = await _scores(exchange, prompts)
     texts = [services.renderer.decode(ids) for ids in prompts]
     return [
         Piece(text, ids, [float("nan"), *logprobs] if logprobs or len(ids) == 1 else [], [])
         for text, ids, logprobs in zip(texts, prompts, scored, strict=True)
     ]
+
+
+async def _scores(exchange: Exchange, prompts: list[list[int]]) -> list[list[float]]:
+    """Log-probs of each prompt's tokens but the first. Raises ApiError 429 or 503 when there is no room for them."""
+    services = exchange.services
+    flow, tokens = visit(exchange.http).flow, sum(map(len, prompts))
+    with services.admission.enter(flow, len(prompts), tokens):
+        scoring = [asyncio.ensure_future(services.engine.score(ids, exchange.adapter)) for ids in prompts]
+        try:
+            return [answer.logprobs for answer in await asyncio.gather(*scoring)]
+        finally:  # when one fails, nobody waits for the others
+            for score in scoring:
+                score.cancel()
 
 
 class _Writer:
@@ -146,7 +156,7 @@ class _Writer:
                 choice |= {"finish_reason": "length"} | self._prompt_ids(index)
         return {**self._head(), "choices": choices, "usage": openai_usage(self._usage())}
 
-    async def chunks(self, first: Event, rest: AsyncIterator[Event]) -> AsyncIterator[dict[str, Any]]:
+    async def chunks(self, first: Event, rest: AsyncGenerator[Event, None]) -> AsyncGenerator[dict[str, Any], None]:
         head = self._head()
         options = self._request.stream_options
         if options.include_usage:
@@ -157,12 +167,13 @@ class _Writer:
                 return {**head, "usage": openai_usage(self._usage()), "choices": [choice]}
             return {**head, "choices": [choice]}
 
-        if self._request.echo:
-            for index in range(len(self._offsets)):
-                yield chunk(self._entry(index, self._echo_of(index)))
-        yield chunk(self._streamed(*first))
-        async for event in rest:
-            yield chunk(self._streamed(*event))
+        async with aclosing(rest):
+            if self._request.echo:
+                for index in range(len(self._offsets)):
+                    yield chunk(self._entry(index, self._echo_of(index)))
+            yield chunk(self._streamed(*first))
+            async for event in rest:
+                yield chunk(self._streamed(*event))
         if options.include_usage:
             yield {**head, "choices": [], "usage": openai_usage(self._usage())}
 

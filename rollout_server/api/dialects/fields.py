@@ -1,17 +1,19 @@
 """What request bodies have in common: strict fields, the sampling parameters that all dialects know, and refusals by name.
 
 Every field is honoured, harmless, or refused by its name; none is silently ignored. Null means absent, as in OpenAI's
-API. A field that is not served may still be there with a value that means "off" (`parse`'s `off`).
+API, at any depth but inside what is the user's own (schemas, arguments, metadata). A field that is not served may still be
+there with a value that means "off" (`Strict.off`).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from rollout_server.api.errors import ApiError
 from rollout_server.api.turn import SamplingOptions
@@ -20,6 +22,8 @@ LIMIT = 2**31
 """Of whole numbers: what the engine's 32-bit fields hold."""
 MAX_CHOICES = 256
 MAX_STOPS = 64
+MAX_STOP_CHARACTERS = 4096
+"""Of all stop strings of a request together: each is looked for in every reply."""
 
 Natural = Annotated[int, Field(ge=1, lt=LIMIT)]
 TokenNumber = Annotated[int, Field(ge=0, lt=LIMIT)]
@@ -31,26 +35,70 @@ _TYPES = {"str", "int", "float", "bool", "dict", "list"}
 """What pydantic puts into the path of an error inside a union."""
 
 
-class Strict(BaseModel):
+def _bounded(stops: list[str]) -> list[str]:
+    if sum(map(len, stops)) > MAX_STOP_CHARACTERS:
+        raise PydanticCustomError("too_long", f"all together may have {MAX_STOP_CHARACTERS} characters")
+    return stops
+
+
+StopList = Annotated[list[str], Field(max_length=MAX_STOPS), AfterValidator(_bounded)]
+Stops = Annotated[str, Field(max_length=MAX_STOP_CHARACTERS)] | StopList
+
+
+def stop_texts(stops: str | list[str]) -> tuple[str, ...]:
+    """An empty text stops nothing."""
+    return tuple(text for text in ([stops] if isinstance(stops, str) else stops) if text)
+
+
+class _Given(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    off: ClassVar[Mapping[str, Sequence[Any]]] = {}
+    """Fields that are not served, each with the values that ask for nothing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _what_asks_for_something(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        return {
+            name: value
+            for name, value in data.items()
+            if value is not None and not (name in cls.off and value in cls.off[name])
+        }
+
+
+class Strict(_Given):
     """No unknown fields, no conversions."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid")
 
 
-class Lenient(BaseModel):
+class Lenient(_Given):
     """Parts of a request that clients echo from replies: what they carry beyond this is of no use in a prompt."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+    model_config = ConfigDict(extra="ignore")
 
 
 class StreamOptions(Strict):
     include_usage: bool = False
     continuous_usage_stats: bool = False
     """vLLM's: usage in every chunk."""
+    include_obfuscation: Literal[False] = False
 
 
 class SampledFields(Strict):
     """The sampling parameters that vLLM and SGLang know beside OpenAI's own, and what every dialect of OpenAI's has."""
+
+    off: ClassVar[Mapping[str, Sequence[Any]]] = {
+        "skip_special_tokens": (True,),
+        "spaces_between_special_tokens": (True, False),  # there are none to put spaces between
+        "include_stop_str_in_output": (False,),
+        "length_penalty": (1.0,),
+        "early_stopping": (False,),
+        "use_beam_search": (False,),
+        "bad_words": ([],),
+    }
 
     model: Annotated[str, Field(max_length=512)]
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
@@ -61,16 +109,14 @@ class SampledFields(Strict):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     logit_bias: Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] = {}
-    priority: Annotated[int, Field(gt=-LIMIT, lt=LIMIT)] = 0
+    priority: Annotated[int, Field(ge=-8, le=8)] = 0
     """Lower goes first."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
-    stop: (
-        Annotated[str, Field(max_length=4096)]
-        | Annotated[list[Annotated[str, Field(max_length=4096)]], Field(max_length=MAX_STOPS)]
-    ) = []
+    stop: Stops = []
     stop_token_ids: Annotated[list[TokenNumber], Field(max_length=1024)] = []
     ignore_eos: bool = False
+    min_tokens: Annotated[int, Field(ge=0, lt=LIMIT)] = 0
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     return_token_ids: bool = False
@@ -81,12 +127,12 @@ class SampledFields(Strict):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        return tuple(text for text in ([self.stop] if isinstance(self.stop, str) else self.stop) if text)
+    prompt_cache_retention: str | None = None
 
     def sampling(self, *, max_tokens: int | None, top_logprobs: int) -> SamplingOptions:
+        """Raises ApiError for more `min_tokens` than `max_tokens`."""
+        if max_tokens is not None and self.min_tokens > max_tokens:
+            raise invalid("min_tokens", f"min_tokens is {self.min_tokens}, and the reply may have {max_tokens} tokens")
         return SamplingOptions(
             temperature=self.temperature,
             top_p=self.top_p,
@@ -99,7 +145,8 @@ class SampledFields(Strict):
             seed=self.seed,
             n=self.n,
             max_tokens=max_tokens,
-            stops=self.stops,
+            min_tokens=self.min_tokens,
+            stops=stop_texts(self.stop),
             stop_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
             top_logprobs=top_logprobs,
@@ -110,18 +157,10 @@ class SampledFields(Strict):
 R = TypeVar("R", bound=BaseModel)
 
 
-def parse(kind: type[R], body: Mapping[str, Any], *, off: Mapping[str, Sequence[Any]] | None = None, at: str = "") -> R:
-    """`off` names fields that are not served, each with the values that ask for nothing; `at` is where `body` stands in
-    the request.
-
-    Raises ApiError 400 that names the field.
-    """
-    given = {name: value for name, value in body.items() if value is not None}
-    for name, harmless in (off or {}).items():
-        if name in given and given[name] in harmless:
-            del given[name]
+def parse(kind: type[R], body: Mapping[str, Any], *, at: str = "") -> R:
+    """`at` is where `body` stands in the request. Raises ApiError 400 that names the field."""
     try:
-        return kind.model_validate(given)
+        return kind.model_validate(body)
     except pydantic.ValidationError as error:
         raise _refusal(error, at) from error
 

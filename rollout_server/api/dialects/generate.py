@@ -6,7 +6,8 @@ was said so far. Log-probs are of the distribution that was sampled from.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from functools import partial
 from typing import Annotated, Any
 
@@ -20,14 +21,15 @@ from rollout_server.api.dialects.completions import NOTHING, encoded
 from rollout_server.api.dialects.fields import (
     LIMIT,
     MAX_CHOICES,
-    MAX_STOPS,
     Natural,
+    Stops,
     Strict,
     TokenId,
     TokenIds,
     TokenNumber,
     invalid,
     parse,
+    stop_texts,
 )
 from rollout_server.api.exchange import Event, Exchange, Plan, drain, finish_reason, remember_ids, unless_gone
 from rollout_server.api.front.wire import event_stream, json_body, json_response
@@ -35,9 +37,18 @@ from rollout_server.api.services import Services
 from rollout_server.api.turn import Constraint, JsonSchema, Regex, SamplingOptions
 from rollout_server.api.turn_run import constraint_reading
 
+RequestName = Annotated[str, Field(min_length=1, max_length=256)]
+
 
 class GenerateSampling(Strict):
-    max_new_tokens: Natural | None = 128
+    off = {
+        "skip_special_tokens": (True,),
+        "spaces_between_special_tokens": (True, False),  # there are none to put spaces between
+        "no_stop_trim": (False,),
+    }
+
+    max_new_tokens: Natural = 128
+    min_new_tokens: Annotated[int, Field(ge=0, lt=LIMIT)] = 0
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=-1, lt=LIMIT)] = -1
@@ -46,7 +57,7 @@ class GenerateSampling(Strict):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     logit_bias: Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] = {}
-    stop: Annotated[str | list[str], Field(max_length=MAX_STOPS * 64)] = []
+    stop: Stops = []
     stop_token_ids: Annotated[list[TokenNumber], Field(max_length=1024)] = []
     ignore_eos: bool = False
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
@@ -57,17 +68,21 @@ class GenerateSampling(Strict):
 
 
 class GenerateRequest(Strict):
+    off = {"logprob_start_len": (-1,), "return_text_in_logprobs": (False,), "return_hidden_states": (False,)}
+
     text: str | list[str] | None = None
     input_ids: TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)] | None = None
     sampling_params: GenerateSampling = GenerateSampling()
     return_logprob: bool = False
     top_logprobs_num: Annotated[int, Field(ge=0, le=20)] = 0
     stream: bool = False
+    rid: RequestName | list[RequestName] | None = None
+    """The `id` of the answers' `meta_info`: one for all, or one for each prompt."""
     model: str | None = None
     """The served model, or an adapter."""
     lora_path: str | None = None
     """SGLang's name for the adapter to use."""
-    priority: Annotated[int, Field(gt=-LIMIT, lt=LIMIT)] = 0
+    priority: Annotated[int, Field(ge=-8, le=8)] = 0
     """Lower goes first."""
 
     def prompts(self) -> tuple[list[str | list[int]], bool]:
@@ -81,11 +96,16 @@ class GenerateRequest(Strict):
             raise invalid("text" if self.text is not None else "input_ids", "a prompt must not be empty")
         if len(prompts) * self.sampling_params.n > MAX_CHOICES:
             raise invalid("sampling_params.n", f"a request may have {MAX_CHOICES} choices")
+        if isinstance(self.rid, list) and len(self.rid) != len(prompts):
+            raise invalid("rid", f"there are {len(self.rid)} for {len(prompts)} prompts")
         return prompts, batched or self.sampling_params.n > 1
 
     def options(self) -> SamplingOptions:
+        """Raises ApiError for more `min_new_tokens` than `max_new_tokens`."""
         params = self.sampling_params
-        stops = (params.stop,) if isinstance(params.stop, str) else tuple(params.stop)
+        if params.min_new_tokens > params.max_new_tokens:
+            least, most = params.min_new_tokens, params.max_new_tokens
+            raise invalid("sampling_params.min_new_tokens", f"at least {least} tokens, at most {most}")
         return SamplingOptions(
             temperature=params.temperature,
             top_p=params.top_p,
@@ -98,12 +118,22 @@ class GenerateRequest(Strict):
             seed=params.sampling_seed,
             n=params.n,
             max_tokens=params.max_new_tokens,
-            stops=tuple(text for text in stops if text),
+            min_tokens=params.min_new_tokens,
+            stops=stop_texts(params.stop),
             stop_ids=tuple(params.stop_token_ids),
             ignore_eos=params.ignore_eos,
             top_logprobs=self.top_logprobs_num if self.return_logprob else 0,
             priority=self.priority,
         )
+
+    def name_of(self, plan: Plan) -> str:
+        match self.rid:
+            case None:
+                return plan.call_id
+            case str():
+                return self.rid
+            case _:
+                return self.rid[plan.index // self.sampling_params.n]
 
     def constraint(self) -> Constraint | None:
         params = self.sampling_params
@@ -131,8 +161,8 @@ async def generate(services: Services, http: Request, episode_id: str | None) ->
     exchange = Exchange(
         services, http, log, model, request.options(), body, partial(remember_ids, services, episode_id)
     )
-    reading = await constraint_reading(services, request.constraint(), "sampling_params")
-    ids = [await encoded(services, prompt, add_special_tokens=True) for prompt in prompts]
+    reading = await unless_gone(http, constraint_reading(services, request.constraint(), "sampling_params"))
+    ids = await encoded(services, prompts, add_special_tokens=True)
     exchange.admit_ids(ids, reading, prompt_param="input_ids")
     events = exchange.events(reads_along=request.stream)
     if request.stream:
@@ -144,11 +174,12 @@ async def generate(services: Services, http: Request, episode_id: str | None) ->
 
 
 async def _chunks(
-    request: GenerateRequest, exchange: Exchange, first: Event, rest: AsyncIterator[Event]
-) -> AsyncIterator[dict[str, Any]]:
-    yield _chunk(request, exchange, *first)
-    async for event in rest:
-        yield _chunk(request, exchange, *event)
+    request: GenerateRequest, exchange: Exchange, first: Event, rest: AsyncGenerator[Event, None]
+) -> AsyncGenerator[dict[str, Any], None]:
+    async with aclosing(rest):
+        yield _chunk(request, exchange, *first)
+        async for event in rest:
+            yield _chunk(request, exchange, *event)
 
 
 def _chunk(request: GenerateRequest, exchange: Exchange, plan: Plan, piece: Piece | None) -> dict[str, Any]:
@@ -158,7 +189,7 @@ def _chunk(request: GenerateRequest, exchange: Exchange, plan: Plan, piece: Piec
 def _entry(request: GenerateRequest, exchange: Exchange, plan: Plan, piece: Piece, *, ended: bool) -> dict[str, Any]:
     choice = plan.choice
     meta: dict[str, Any] = {
-        "id": plan.call_id,
+        "id": request.name_of(plan),
         "finish_reason": _finish(plan) if ended else None,
         "prompt_tokens": len(choice.prompt_ids),
         "completion_tokens": len(choice.ids),

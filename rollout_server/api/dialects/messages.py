@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 from starlette.requests import Request
@@ -53,21 +54,31 @@ async def count_tokens(services: Services, http: Request, episode_id: str | None
     await services.text_size.check_parts(http, request.model_dump(), "messages")
     messages = request.conversation()
     request.continues(messages)
+    services.text_size.check_messages(len(messages))
+    tools, options = request.tool_definitions(), request.template_options()
     try:
-        ids = services.renderer.prompt(messages, request.tool_definitions(), request.template_options())
+        ids = await services.renderer.patiently(lambda: services.renderer.prompt(messages, tools, options))
     except RenderError as error:
         raise ApiError(400, str(error), param="messages", code="invalid_messages") from error
     return json_response({"input_tokens": len(ids)})
 
 
 def _whole(request: MessagesRequest, run: TurnRun, finished: Finished) -> dict[str, Any]:
-    return {**_message(run), "content": content_blocks(finished.reply.parts), **_end(request, run, finished)}
+    content = content_blocks(finished.reply.parts, omits_thinking=request.omits_thinking)
+    return {**_message(run), "content": content, **_end(request, finished), **_told(request, run)}
 
 
-def _end(request: MessagesRequest, run: TurnRun, finished: Finished) -> dict[str, Any]:
+def _end(request: MessagesRequest, finished: Finished) -> dict[str, Any]:
     reason, sequence = stop_reason(finished, request.stops)
-    told = {"stop_reason": reason, "stop_sequence": sequence, "stop_details": None}
-    return {**told, "usage": anthropic_usage(run.usage())}
+    return {"stop_reason": reason, "stop_sequence": sequence, "stop_details": None}
+
+
+def _told(request: MessagesRequest, run: TurnRun) -> dict[str, Any]:
+    """What else there is to say at the end."""
+    edited: dict[str, Any] = (
+        {"context_management": {"applied_edits": []}} if request.context_management is not None else {}
+    )
+    return {"usage": anthropic_usage(run.usage()), **edited}
 
 
 def _message(run: TurnRun) -> dict[str, Any]:
@@ -85,18 +96,17 @@ def _message(run: TurnRun) -> dict[str, Any]:
 
 
 async def _events(
-    request: MessagesRequest, run: TurnRun, first: Step, rest: AsyncIterator[Step]
-) -> AsyncIterator[dict[str, Any]]:
-    yield {"type": "message_start", "message": {**_message(run), "usage": anthropic_usage(run.usage())}}
-    writer, finished = MessageEvents(), first.finished
-    for event in writer.step(first):
-        yield event
-    async for step in rest:
-        for event in writer.step(step):
+    request: MessagesRequest, run: TurnRun, first: Step, rest: AsyncGenerator[Step, None]
+) -> AsyncGenerator[dict[str, Any], None]:
+    writer, finished = MessageEvents(omits_thinking=request.omits_thinking), first.finished
+    async with aclosing(rest):
+        yield {"type": "message_start", "message": {**_message(run), "usage": anthropic_usage(run.usage())}}
+        for event in writer.step(first):
             yield event
-        finished = step.finished
+        async for step in rest:
+            for event in writer.step(step):
+                yield event
+            finished = step.finished
     assert finished is not None
-    end = _end(request, run, finished)
-    usage = end.pop("usage")
-    yield {"type": "message_delta", "delta": end, "usage": usage}
+    yield {"type": "message_delta", "delta": _end(request, finished), **_told(request, run)}
     yield {"type": "message_stop"}

@@ -13,11 +13,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from rollout_server.api.dialects.fields import LIMIT, MAX_STOPS, Lenient, Natural, Strict, invalid, parse, unsupported
+from rollout_server.api.dialects.fields import (
+    LIMIT,
+    Lenient,
+    Natural,
+    StopList,
+    Strict,
+    invalid,
+    parse,
+    stop_texts,
+    unsupported,
+)
 from rollout_server.api.replies.reply import ToolCall
 from rollout_server.api.turn import Constraint, JsonSchema, Message, SamplingOptions, Tool, ToolChoice, Turn
-
-_OFF: dict[str, Sequence[Any]] = {"mcp_servers": ([],), "speed": ("standard",), "betas": ([],)}
 
 
 class _Turn(Lenient):
@@ -77,8 +85,23 @@ class _ThinkingConfig(Strict):
     """`adaptive` leaves it to the model and its template."""
     budget_tokens: Natural | None = None
     """What the model should aim at; nothing enforces it, here or elsewhere."""
-    display: Literal["summarized"] | None = None
-    """Thinking is always shown, and whole."""
+    display: Literal["summarized", "omitted"] | None = None
+    """`omitted` leaves blocks of thinking without their text; else they are shown whole."""
+
+
+class _Kept(Strict):
+    type: Literal["all", "thinking_turns"]
+    value: Natural | None = None
+
+
+class _ClearThinking(Strict):
+    type: Literal["clear_thinking_20251015"]
+    keep: Literal["all"] | _Kept = "all"
+
+
+class _ContextManagement(Strict):
+    edits: list[dict[str, Any]] = []
+    """Only of thinking, and nothing follows from them: what an earlier turn's thinking is in a prompt, the template says."""
 
 
 class _Format(Strict):
@@ -95,6 +118,8 @@ class _OutputConfig(Strict):
 class ConversationFields(Strict):
     """What makes a prompt: all that `count_tokens` takes."""
 
+    off = {"mcp_servers": ([],), "speed": ("standard",), "betas": ([],)}
+
     model: Annotated[str, Field(max_length=512)]
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
     system: str | list[dict[str, Any]] = ""
@@ -103,9 +128,12 @@ class ConversationFields(Strict):
     thinking: _ThinkingConfig | None = None
     output_config: _OutputConfig = _OutputConfig()
     cache_control: dict[str, Any] | None = None
+    context_management: _ContextManagement | None = None
 
     def conversation(self) -> list[Message]:
-        """Raises ApiError 400 that names the block at fault."""
+        """Raises ApiError 400 that names the block, or the edit, at fault."""
+        if self.context_management is not None:
+            _check_edits(self.context_management.edits)
         system = _texts(self.system, "system")
         messages = messages_of([parse(_Turn, each, at=f"messages.{at}") for at, each in enumerate(self.messages)])
         return [{"role": "system", "content": system}, *messages] if system else messages
@@ -134,7 +162,7 @@ class ConversationFields(Strict):
 
 class MessagesRequest(ConversationFields):
     max_tokens: Natural
-    stop_sequences: Annotated[list[Annotated[str, Field(max_length=4096)]], Field(max_length=MAX_STOPS)] = []
+    stop_sequences: StopList = []
     stream: bool = False
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -143,8 +171,12 @@ class MessagesRequest(ConversationFields):
     service_tier: Literal["auto", "standard_only"] | None = None
 
     @property
+    def omits_thinking(self) -> bool:
+        return self.thinking is not None and self.thinking.display == "omitted"
+
+    @property
     def stops(self) -> tuple[str, ...]:
-        return tuple(text for text in self.stop_sequences if text)
+        return stop_texts(self.stop_sequences)
 
     def turn(self) -> Turn:
         """Raises ApiError 400 that names the field."""
@@ -177,11 +209,11 @@ class CountRequest(ConversationFields):
 
 
 def parse_messages(body: Mapping[str, Any]) -> MessagesRequest:
-    return parse(MessagesRequest, body, off=_OFF)
+    return parse(MessagesRequest, body)
 
 
 def parse_count(body: Mapping[str, Any]) -> CountRequest:
-    return parse(CountRequest, body, off=_OFF)
+    return parse(CountRequest, body)
 
 
 def messages_of(turns: Sequence[_Turn]) -> list[Message]:
@@ -209,7 +241,11 @@ def _say(messages: list[Message], block: dict[str, Any], at: str) -> None:
         case "text":
             turn["content"] = (turn["content"] or "") + parse(_Text, block, at=at).text
         case "thinking":
-            turn["reasoning_content"] = turn.get("reasoning_content", "") + parse(_Thinking, block, at=at).thinking
+            thought = parse(_Thinking, block, at=at).thinking
+            if thought:  # else it was omitted
+                turn["reasoning_content"] = turn.get("reasoning_content", "") + thought
+        case "redacted_thinking":
+            pass  # of another model's, and sealed: nothing that a template could show
         case "tool_use":
             use = parse(_ToolUse, block, at=at)
             call = ToolCall(use.id, use.name, json.dumps(use.input, ensure_ascii=False))
@@ -254,6 +290,14 @@ def _tool(entry: dict[str, Any], at: str) -> Tool:
     if entry.get("type") not in (None, "custom"):
         raise unsupported(f"{at}.type", entry["type"], "'custom'")
     return parse(_Tool, entry, at=at).as_tool()
+
+
+def _check_edits(edits: Sequence[Mapping[str, Any]]) -> None:
+    for number, edit in enumerate(edits):
+        at = f"context_management.edits.{number}"
+        if edit.get("type") != "clear_thinking_20251015":
+            raise unsupported(f"{at}.type", edit.get("type"), "'clear_thinking_20251015'")
+        parse(_ClearThinking, edit, at=at)
 
 
 def _tool_choice(choice: _ToolChoice, known: set[str]) -> ToolChoice:

@@ -44,10 +44,11 @@ def anthropic_error(error: ApiError) -> dict[str, Any]:
     return {"type": "error", "error": told}
 
 
-def content_blocks(parts: Sequence[ReplyEvent]) -> list[dict[str, Any]]:
-    """Of a whole reply; one that says nothing is an empty text."""
+def content_blocks(parts: Sequence[ReplyEvent], *, omits_thinking: bool = False) -> list[dict[str, Any]]:
+    """Of a whole reply; one that says nothing is an empty text. `omits_thinking` leaves its blocks without their text."""
     silent = all(isinstance(part, Reasoning) for part in parts)
-    return [_block(part) for part in ([*parts, ""] if silent else parts)]
+    shown = [Reasoning("") if omits_thinking and isinstance(part, Reasoning) else part for part in parts]
+    return [_block(part) for part in ([*shown, ""] if silent else shown)]
 
 
 def _block(part: ReplyEvent) -> dict[str, Any]:
@@ -86,7 +87,8 @@ def anthropic_usage(usage: Usage) -> dict[str, Any]:
 class MessageEvents:
     """Of one reply, from its first block to the end of its last."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, omits_thinking: bool = False) -> None:
+        self._omits_thinking = omits_thinking
         self._blocks = 0
         self._open: str | None = None
         """The type of the block that may grow."""
@@ -110,7 +112,7 @@ class MessageEvents:
             case Reasoning(text):
                 opened = {"type": "thinking", "thinking": "", "signature": ""}
                 delta = {"type": "thinking_delta", "thinking": text}
-                return [*self._ensure("thinking", opened), self._delta(delta)]
+                return [*self._ensure("thinking", opened), *([] if self._omits_thinking else [self._delta(delta)])]
             case _:
                 self._said_something = True
                 opened = {"type": "text", "text": ""}

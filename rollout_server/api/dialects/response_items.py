@@ -110,12 +110,10 @@ def _say(messages: list[Message], text: str) -> None:
     turn["content"] = ((turn["content"] or "") + text) or (None if turn.get("tool_calls") else "")
 
 
-def output_items(
-    reply_id: str, parts: Sequence[ReplyEvent], *, finished: bool, logprobs: list[dict[str, Any]] | None = None
-) -> list[Item]:
-    """Items of a whole reply; the last one is `incomplete` unless the reply is `finished`.
+def output_items(reply_id: str, parts: Sequence[ReplyEvent], *, finished: bool) -> list[Item]:
+    """Items of a whole reply, without log-probs; the last one is `incomplete` unless the reply is `finished`.
 
-    A finished reply that says nothing is an empty message. `logprobs` go with the first message.
+    A finished reply that says nothing is an empty message.
     """
     silent = all(isinstance(part, Reasoning) for part in parts)
     said = [*parts, ""] if finished and silent else parts
@@ -128,8 +126,7 @@ def output_items(
             case ToolCall():
                 items.append(call_item(item_id("fc", reply_id, number), part))
             case str():
-                items.append(message_item(item_id("msg", reply_id, number), part, status, logprobs))
-                logprobs = None
+                items.append(message_item(item_id("msg", reply_id, number), part, status))
     return items
 
 
@@ -141,7 +138,7 @@ def reasoning_item(name: str, text: str, status: str) -> Item:
     return {"id": name, "type": "reasoning", "summary": [], "content": [reasoning_part(text)], "status": status}
 
 
-def message_item(name: str, text: str, status: str, logprobs: list[dict[str, Any]] | None) -> Item:
+def message_item(name: str, text: str, status: str, logprobs: list[dict[str, Any]] | None = None) -> Item:
     part = text_part(text, logprobs)
     return {"id": name, "type": "message", "role": "assistant", "content": [part], "status": status}
 

@@ -6,7 +6,8 @@ A response that is stored keeps its conversation in messages, so that the next o
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 from starlette.requests import Request
@@ -14,7 +15,7 @@ from starlette.responses import Response
 
 from rollout_server.api.choice import Piece, version_spans
 from rollout_server.api.dialects.fields import renamed
-from rollout_server.api.dialects.response_items import output_items
+from rollout_server.api.dialects.response_items import Item, output_items
 from rollout_server.api.dialects.responses_request import ResponsesRequest, parse_responses
 from rollout_server.api.dialects.responses_stream import ResponseEvents, is_complete
 from rollout_server.api.errors import ApiError
@@ -47,7 +48,7 @@ async def create_response(services: Services, http: Request, episode_id: str | N
     if not request.stream:
         (finished,) = await run.whole()
         return json_response(reply.whole(finished))
-    steps = run.steps()
+    steps = run.steps(by_token=request.wants_logprobs)
     first = await unless_gone(http, anext(steps))  # errors before it still get a status of their own
     return named_event_stream(reply.events(first, steps), reply.failure)
 
@@ -96,15 +97,22 @@ class _Reply:
         self._head = _head(request, run)
 
     def whole(self, finished: Finished) -> dict[str, Any]:
-        """The final response; stored, if the client wants that."""
+        if self._request.wants_logprobs:  # which message a token belongs to shows while they come
+            for step in self._run.retold(finished):
+                self._events.step(step)
+            return self._final(finished, self._events.items)
         complete = is_complete(finished.finish_reason)
-        logprobs = self._logprobs(finished.choice.as_piece()) if self._request.wants_logprobs else None
+        return self._final(finished, output_items(self._run.id, finished.reply.parts, finished=complete))
+
+    def _final(self, finished: Finished, items: list[Item]) -> dict[str, Any]:
+        """Stored, if the client wants that."""
+        complete = is_complete(finished.finish_reason)
         response = {
             **self._head,
             "status": "completed" if complete else "incomplete",
             "incomplete_details": None if complete else {"reason": "max_output_tokens"},
             "completed_at": int(time.time()) if complete else None,
-            "output": output_items(self._run.id, finished.reply.parts, finished=complete, logprobs=logprobs),
+            "output": items,
             "usage": _usage(self._run.usage()),
         }
         if self._request.return_token_ids:
@@ -118,18 +126,19 @@ class _Reply:
             self._services.responses.keep(self._scope, response, conversation)
         return response
 
-    async def events(self, first: Step, rest: AsyncIterator[Step]) -> AsyncIterator[dict[str, Any]]:
-        for event in self._events.opening(self._head):
-            yield event
-        for event in self._events.step(first):
-            yield event
+    async def events(self, first: Step, rest: AsyncGenerator[Step, None]) -> AsyncGenerator[dict[str, Any], None]:
         finished = first.finished
-        async for step in rest:
-            for event in self._events.step(step):
+        async with aclosing(rest):
+            for event in self._events.opening(self._head):
                 yield event
-            finished = step.finished
+            for event in self._events.step(first):
+                yield event
+            async for step in rest:
+                for event in self._events.step(step):
+                    yield event
+                finished = step.finished
         assert finished is not None
-        yield self._events.closing(self.whole(finished))
+        yield self._events.closing(self._final(finished, self._events.items))
 
     def failure(self, error: ApiError) -> dict[str, Any]:
         return self._events.failure(self._head, error)
@@ -163,7 +172,7 @@ def _head(request: ResponsesRequest, run: TurnRun) -> dict[str, Any]:
         "service_tier": "default",
         "store": request.stored,
         "temperature": request.temperature,
-        "text": {"format": request.text.format or {"type": "text"}, "verbosity": "medium"},
+        "text": {"format": request.text.format or {"type": "text"}, "verbosity": request.text.verbosity or "medium"},
         "tool_choice": request.tool_choice,
         "tools": request.tools,
         "top_logprobs": request.top_logprobs,

@@ -15,7 +15,6 @@ from rollout_server.api.dialects.fields import (
     Lenient,
     Natural,
     SampledFields,
-    StreamOptions,
     Strict,
     invalid,
     parse,
@@ -23,8 +22,6 @@ from rollout_server.api.dialects.fields import (
 )
 from rollout_server.api.dialects.response_items import Item, messages_of
 from rollout_server.api.turn import Constraint, JsonSchema, Message, Tool, ToolChoice, Turn
-
-_OFF = {"background": (False,), "truncation": ("disabled",), "context_management": ([],)}
 
 LOGPROBS = "message.output_text.logprobs"
 
@@ -39,10 +36,6 @@ Include = Literal[
     "code_interpreter_call.outputs",
 ]
 """All but the first ask for parts of things that never occur here; reasoning is always given in the clear."""
-
-
-class _StreamOptions(StreamOptions):
-    include_obfuscation: Literal[False] = False
 
 
 class _FunctionTool(Strict):
@@ -95,7 +88,8 @@ class _Schema(Strict):
 
 class _Text(Strict):
     format: dict[str, Any] | None = None
-    verbosity: Literal["medium"] | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+    """Handed to the template, if it asks for it."""
 
 
 class _Reasoning(Strict):
@@ -106,6 +100,8 @@ class _Reasoning(Strict):
 
 
 class ResponsesRequest(SampledFields):
+    off = {**SampledFields.off, "background": (False,), "truncation": ("disabled",), "context_management": ([],)}
+
     input: str | list[dict[str, Any]]
     instructions: str | None = None
     previous_response_id: Annotated[str, Field(max_length=128)] | None = None
@@ -117,9 +113,7 @@ class ResponsesRequest(SampledFields):
     reasoning: _Reasoning = _Reasoning()
     include: list[Include] = []
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
-    prompt_cache_retention: Literal["in_memory", "24h"] | None = None
     n: Literal[1] = 1
-    stream_options: _StreamOptions = _StreamOptions()
 
     @property
     def wants_logprobs(self) -> bool:
@@ -146,6 +140,8 @@ class ResponsesRequest(SampledFields):
         options: dict[str, Any] = {} if effort is None else {"reasoning_effort": effort}
         if effort == "none":
             options = {"enable_thinking": False}
+        if self.text.verbosity is not None:
+            options["verbosity"] = self.text.verbosity
         return Turn(
             model=self.model,
             messages=messages,
@@ -159,7 +155,7 @@ class ResponsesRequest(SampledFields):
 
 
 def parse_responses(body: Mapping[str, Any]) -> ResponsesRequest:
-    request = parse(ResponsesRequest, body, off=_OFF)
+    request = parse(ResponsesRequest, body)
     if request.top_logprobs and not request.wants_logprobs:
         raise invalid("top_logprobs", f"top_logprobs needs {LOGPROBS!r} in include")
     return request

@@ -11,6 +11,7 @@ from typing import Any
 
 from rollout_server.api.choice import Piece
 from rollout_server.api.dialects.response_items import (
+    Item,
     call_item,
     item_id,
     message_item,
@@ -29,7 +30,7 @@ _ERROR_CODES = {400: "invalid_prompt", 413: "invalid_prompt", 429: "rate_limit_e
 
 class ResponseEvents:
     """`logprobs` are the entries of a piece's tokens, for clients that want them: each delta has those of the tokens that
-    came since the last one."""
+    came since the last one, the last delta of a message those of a call behind it. Tokens after the last message are in none."""
 
     def __init__(self, reply_id: str, logprobs: Callable[[Piece], list[dict[str, Any]]] | None = None) -> None:
         self._reply_id = reply_id
@@ -39,6 +40,8 @@ class ResponseEvents:
         self._said_something = False
         self._open: _OpenMessage | _OpenReasoning | None = None
         self._pending: list[dict[str, Any]] = []
+        self.items: list[Item] = []
+        """Those that are done."""
 
     def opening(self, response: dict[str, Any]) -> list[Event]:
         return [self._event(f"response.{kind}", response=response) for kind in ("created", "in_progress")]
@@ -126,6 +129,8 @@ class ResponseEvents:
         return {"logprobs": entries}
 
     def _item(self, what: str, index: int, item: dict[str, Any]) -> Event:
+        if what == "done":
+            self.items.append(item)
         return self._event(f"response.output_item.{what}", output_index=index, item=item)
 
     def _event(self, kind: str, **fields: Any) -> Event:

@@ -60,11 +60,15 @@ async def _ids(services: Services, http: Request, request: TokenizeRequest) -> l
         raise ApiError(400, "give either prompt or messages", param="prompt", code="invalid_value")
     if request.messages is None:
         assert request.prompt is not None
-        return await services.text_size.encode(request.prompt, add_special_tokens=request.add_special_tokens)
+        (ids,) = await services.text_size.encode([request.prompt], add_special_tokens=request.add_special_tokens)
+        return ids
+    services.text_size.check_messages(len(request.messages))
     await services.text_size.check_parts(http, request.model_dump(), "messages")
     messages = [plain_message(message, at) for at, message in enumerate(request.messages)]
     tools = [tool.model_dump(exclude_none=True) for tool in request.tools]
     try:
-        return services.renderer.prompt(messages, tools, request.chat_template_kwargs)
+        return await services.renderer.patiently(
+            lambda: services.renderer.prompt(messages, tools, request.chat_template_kwargs)
+        )
     except RenderError as error:
         raise ApiError(400, str(error), param="messages", code="invalid_messages") from error

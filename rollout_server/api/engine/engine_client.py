@@ -26,6 +26,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from rollout_server import messages as m
 from rollout_server.api.errors import EngineError
+from rollout_server.manager.control import is_base
 
 Reply = TypeVar("Reply", m.Scored, m.Updated, m.Done, m.Stats)
 Question = m.Score | m.UpdateWeights | m.UnloadAdapter | m.Pause | m.Resume | m.Sleep | m.Wake | m.GetStats
@@ -100,9 +101,15 @@ class Generation:
     that nobody reads any more, or with None when that is so of all that were left."""
 
     def __init__(
-        self, request_id: str, n: int, cancel: Callable[[str, int | None], None], ended: Callable[[], None]
+        self,
+        request_id: str,
+        n: int,
+        cancel: Callable[[str, int | None], None],
+        ended: Callable[[], None],
+        adapter: str = "",
     ) -> None:
         self.request_id = request_id
+        self.adapter = adapter
         self.streams = [Stream(self._deserted) for _ in range(n)]
         self._cancel = cancel
         self._ended: Callable[[], None] | None = ended
@@ -189,8 +196,8 @@ class EngineClient:
         self._generations: dict[str, Generation] = {}
         self._replies: dict[str, asyncio.Future[m.FromManager]] = {}
         self._ending: EngineError | None = None
-        self.weights_lost = False
-        """It has refused a request because it lost the weights, and has not had new ones since."""
+        self.lost: set[str] = set()
+        """Adapters (`""`: the policy) that it has refused a request for because it lost their weights, without new ones since."""
 
     def start(self) -> None:
         """Connect; the manager may come later. Call inside the running event loop."""
@@ -242,7 +249,7 @@ class EngineClient:
         Raises EngineError when the server is about to end, or the line is broken.
         """
         request_id = self._new_id()
-        generation = Generation(request_id, n, self.cancel, ended)
+        generation = Generation(request_id, n, self.cancel, ended, adapter)
         self._send(
             m.Submit(
                 request_id=request_id,
@@ -267,7 +274,18 @@ class EngineClient:
             self._send(m.Cancel(request_id=request_id, index=index))
 
     async def score(self, ids: list[int], adapter: str = "") -> m.Scored:
-        return await self._ask(m.Score(request_id=self._new_id(), ids=ids, adapter=adapter), m.Scored)
+        """Cancelled, it is forgotten by the engine too."""
+        question = m.Score(request_id=self._new_id(), ids=ids, adapter=adapter)
+        try:
+            return await self._ask(question, m.Scored)
+        except EngineError as error:
+            if error.code == "weights_lost":
+                self.lost.add(adapter)
+            raise
+        except asyncio.CancelledError:
+            if self._ending is None:
+                self._send(m.Cancel(request_id=question.request_id))
+            raise
 
     async def update_weights(
         self, source: m.WeightSource, version: int, *, adapter: str = "", running: m.Running = "reprefill"
@@ -277,11 +295,14 @@ class EngineClient:
             request_id=self._new_id(), source=source, version=version, adapter=adapter, running=running
         )
         updated = await self._ask(update, m.Updated)
-        self.weights_lost = False
+        if is_base(source):
+            self.lost.clear()  # an adapter that was lost on its own is refused once more
+        self.lost.discard(adapter)
         return updated
 
     async def unload_adapter(self, adapter: str) -> None:
         await self._ask(m.UnloadAdapter(request_id=self._new_id(), adapter=adapter), m.Done)
+        self.lost.discard(adapter)
 
     async def pause(self, running: m.Running = "keep") -> None:
         await self._ask(m.Pause(request_id=self._new_id(), running=running), m.Done)
@@ -334,8 +355,9 @@ class EngineClient:
     def _dispatch(self, message: m.FromManager) -> None:
         key = message.request_id
         answer = EngineError(message.code, message.message) if isinstance(message, m.Failed) else message
-        self.weights_lost |= isinstance(answer, EngineError) and answer.code == "weights_lost"
         generation = self._generations.get(key)
+        if generation is not None and isinstance(answer, EngineError) and answer.code == "weights_lost":
+            self.lost.add(generation.adapter)
         if generation is not None and isinstance(answer, m.Tokens | EngineError):
             generation.deliver(answer)
             if generation.ended:

@@ -11,8 +11,8 @@ A replica whose manager is gone takes no part any more; the others serve on, and
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import NoReturn, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
 
 import msgspec
 
@@ -39,6 +39,8 @@ class Replicas:
         """Loaded adapters by name, with their versions."""
         self._latest: dict[str, int] = {}
         """The last version that was asked for of every adapter, the policy included."""
+        self._changes: set[asyncio.Future[Any]] = set()
+        """Under way; the event loop itself would forget them."""
 
     def __len__(self) -> int:
         return len(self._clients)
@@ -67,7 +69,7 @@ class Replicas:
         flow: str = "",
     ) -> Generation:
         """As `EngineClient.submit`; the choices of a request stay together."""
-        route = self._router.route(prompt_ids, n, adapter, self._best())
+        route = self._router.route(prompt_ids, n, adapter, self._best(adapter))
         try:
             return self._clients[route.replica].submit(
                 prompt_ids,
@@ -84,7 +86,7 @@ class Replicas:
             raise
 
     async def score(self, ids: list[int], adapter: str = "") -> m.Scored:
-        replica = self._router.least_loaded(self._best())
+        replica = self._router.least_loaded(self._best(adapter))
         self._router.loads[replica] += 1
         try:
             return await self._clients[replica].score(ids, adapter)
@@ -103,11 +105,22 @@ class Replicas:
         """Load in all replicas; of a broadcast the first one receives as the source's rank, the next as the one above.
 
         `version` None is one more than the adapter's last. A new adapter that one replica refuses is unloaded from the others.
+        Goes on though nobody waits for it any more: what the replicas hold and what is known here stay the same.
 
         Raises:
             EngineError: `weights_rejected`: none holds the new weights. `replicas_disagree`: some do, or they hold different
                 ones. `checksum_mismatch`: the weights are live.
         """
+        return await self._whole(self._update_weights(source, version, adapter, running, expected_checksum))
+
+    async def _update_weights(
+        self,
+        source: m.WeightSource,
+        version: int | None,
+        adapter: str,
+        running: m.Running,
+        expected_checksum: str | None,
+    ) -> m.Updated:
         up = self._up()
         if isinstance(source, m.Broadcast) and len(up) < len(self):
             raise EngineError("weights_rejected", "a broadcast needs all replicas, and the managers of some are gone")
@@ -147,10 +160,19 @@ class Replicas:
         ) from refusal
 
     async def unload_adapter(self, adapter: str) -> None:
+        """From all replicas that have it; its name stands as long as one may. Goes on though nobody waits for it any more."""
         if adapter not in self.adapters:
             raise EngineError("model_not_found", f"no adapter {adapter!r} is loaded")
-        del self.adapters[adapter]
-        await self._change(lambda client: client.unload_adapter(adapter))
+        await self._whole(self._unload_adapter(adapter))
+
+    async def _unload_adapter(self, adapter: str) -> None:
+        answers, refusals = await self._try_all(lambda _, client: client.unload_adapter(adapter))
+        for refusal in refusals.values():
+            if refusal.code != "model_not_found":
+                raise refusal
+        self.adapters.pop(adapter, None)
+        if not answers:
+            raise next(iter(refusals.values()))
 
     async def pause(self, running: m.Running) -> None:
         await self._change(lambda client: client.pause(running))
@@ -211,10 +233,22 @@ class Replicas:
             raise self._clients[0].down
         return up
 
-    def _best(self) -> list[int]:
-        """Those of them that have not lost weights, if there are any."""
+    def _best(self, adapter: str) -> list[int]:
+        """Those of them that have not lost this adapter's weights, if there are any."""
         up = self._up()
-        return [number for number in up if not self._clients[number].weights_lost] or up
+        return [number for number in up if adapter not in self._clients[number].lost] or up
+
+    async def _whole(self, change: Coroutine[Any, Any, T]) -> T:
+        """See it through, even if this is cancelled."""
+        task = asyncio.ensure_future(change)
+        self._changes.add(task)
+        task.add_done_callback(self._changed)
+        return await asyncio.shield(task)
+
+    def _changed(self, task: asyncio.Future[Any]) -> None:
+        self._changes.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever asked may be gone
 
     async def _change(self, work: Callable[[EngineClient], Awaitable[None]]) -> None:
         await self._ask_all(work)

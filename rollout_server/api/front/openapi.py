@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from rollout_server.api.errors import ApiError
-from rollout_server.api.front.routes import Route, fields
+from rollout_server.api.front.routes import Route, fields, shown
 from rollout_server.api.front.wire import json_response
 from rollout_server.api.services import Services
 
@@ -84,7 +84,8 @@ def openapi(routes: Sequence[Route]) -> dict[str, Any]:
     schemas, reference = _body_schemas([route.body for route in routes if route.body is not None])
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
-        for path in [route.path, *([f"/e/{{episode}}{route.path}"] if route.recorded else [])]:
+        here = shown(route.path)
+        for path in [here, *([f"/e/{{episode}}{here}"] if route.recorded else [])]:
             paths.setdefault(path, {})[route.method.lower()] = _operation(route, path, reference)
     return {
         "openapi": "3.1.0",

@@ -38,6 +38,11 @@ def fields(**kinds: str) -> Schema:
     return {"type": "object", "required": list(kinds), "properties": {name: {"type": kinds[name]} for name in kinds}}
 
 
+def shown(path: str) -> str:
+    """A route's path without the kinds of its parameters, as people and OpenAPI write it."""
+    return path.replace(":path}", "}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Route:
     method: str
@@ -185,7 +190,7 @@ ROUTES: tuple[Route, ...] = (
     ),
     Route(
         method="GET",
-        path="/v1/models/{model}",
+        path="/v1/models/{model:path}",
         handler=status.model,
         access="client",
         summary="One of them.",

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import traceback
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import msgspec
@@ -122,8 +122,7 @@ class EventStream(Response):
         leaving = asyncio.ensure_future(_gone(receive))
         try:
             await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if writing.done():
-                writing.result()
+            (writing if writing.done() else leaving).result()
         finally:
             leaving.cancel()
             if not writing.done():
@@ -138,7 +137,7 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def event_stream(chunks: AsyncIterator[dict[str, Any]]) -> EventStream:
+def event_stream(chunks: AsyncGenerator[dict[str, Any], None]) -> EventStream:
     """`data:` events, the last one `[DONE]` unless it is an error."""
 
     def failed(error: ApiError) -> bytes:
@@ -148,7 +147,7 @@ def event_stream(chunks: AsyncIterator[dict[str, Any]]) -> EventStream:
 
 
 def named_event_stream(
-    events: AsyncIterator[dict[str, Any]], failed: Callable[[ApiError], dict[str, Any]]
+    events: AsyncGenerator[dict[str, Any], None], failed: Callable[[ApiError], dict[str, Any]]
 ) -> EventStream:
     """Events named by their `type`, the last one telling the end; `failed` makes it when something breaks."""
 
@@ -159,20 +158,18 @@ def named_event_stream(
 
 
 async def _lines(
-    events: AsyncIterator[dict[str, Any]],
+    events: AsyncGenerator[dict[str, Any], None],
     line: Callable[[dict[str, Any]], bytes],
     failed: Callable[[ApiError], bytes],
     end: bytes,
 ) -> AsyncGenerator[bytes, None]:
     try:
-        async for event in events:
-            yield line(event)
+        async with contextlib.aclosing(events):
+            async for event in events:
+                yield line(event)
     except Exception as error:  # the status is sent already: the stream itself must say it
         yield failed(as_api_error(error))
         return
-    finally:
-        if isinstance(events, AsyncGenerator):
-            await events.aclose()
     if end:
         yield end
 

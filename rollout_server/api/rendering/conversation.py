@@ -7,7 +7,8 @@ message) are found by what they say, and keep their sampled ids as well, where t
 Every prompt is labelled with how its ids relate to the calls before it.
 
 Fingerprints look through what frameworks change on the way back: content as parts or None, white space around a reply,
-key order in arguments, ids of tool calls, reasoning that is left out.
+key order in arguments, ids of tool calls, reasoning that is left out. Where several replies have one fingerprint, just
+these tell which is meant (`wordings.py`); reasoning that is there and was not sampled is a change of history.
 """
 
 from __future__ import annotations
@@ -22,6 +23,12 @@ from typing import Any
 from rollout_server.api.rendering.render import Renderer
 from rollout_server.api.rendering.sequences import KnownCall, Nearest, Sequences, pack
 from rollout_server.api.rendering.tool_prompt import Message, parsed_arguments
+from rollout_server.api.rendering.wordings import Wording, fitting, wording
+
+_CANDIDATES = 256
+"""Replies of one fingerprint that are told apart: as many as a request may have choices. The latest are kept."""
+_WORDINGS = 64
+"""Messages that the same ids came back as: greedy calls of tools, for instance, have new ids each time."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,8 @@ class Prompt:
     """For an edit the index of the first token that differs from the nearest earlier call's prompt + sampled ids, that
     with the longest common prefix; for a fork the length of the call that it extends, or of the prompt if that was there
     before; None otherwise. Earlier calls are those of this scope that are remembered."""
+    begun_at: int | None = None
+    """Where the unfinished reply of the policy begins that `ids` ends with; None if it ends otherwise."""
     claim: _Claim | None = field(default=None, repr=False, compare=False)
     """For `ConversationIndex.withdraw`."""
 
@@ -49,12 +58,29 @@ class Prompt:
         return replace(self, relation="fork", parted_at=len(self.ids))
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Claim:
     key: bytes
     turn: _Turn
     digest: bytes
     base: KnownCall | None
+    withdrawn: bool = False
+
+
+@dataclass(eq=False)
+class _Said:
+    """A reply as it can be found again."""
+
+    turn: bytes
+    call: KnownCall
+    began: int | None
+    """Where in the call's ids it begins; behind what it went on with if it continues a message that was rendered."""
+    wordings: list[Wording]
+    found_by: tuple[bytes, ...]
+
+    @property
+    def reply_ids(self) -> list[int]:
+        return self.call.ids[self.began :]
 
 
 @dataclass(eq=False)
@@ -65,8 +91,7 @@ class _Turn:
     """Of the prompt's ids."""
     length: int = 0
     asked: int = 0
-    replies: list[tuple[KnownCall, tuple[bytes, ...]]] = field(default_factory=list)
-    """Each with the fingerprints that it is found by."""
+    replies: list[_Said] = field(default_factory=list)
 
 
 class ConversationIndex:
@@ -79,9 +104,9 @@ class ConversationIndex:
         self._max_entries = max_entries
         self._replies = 0
         self._turns: OrderedDict[bytes, _Turn] = OrderedDict()
-        self._known: dict[bytes, tuple[bytes, KnownCall]] = {}
-        """Fingerprints of conversations up to a reply, of replies with the message before them, and of replies alone;
-        with the turn that each belongs to."""
+        self._known: dict[bytes, list[_Said]] = {}
+        """By fingerprints of conversations up to a reply, of replies with the message before them, and of replies alone;
+        the latest last."""
         self._sequences = Sequences()
 
     def prompt(
@@ -91,27 +116,36 @@ class ConversationIndex:
         tools: list[dict[str, Any]],
         options: Mapping[str, Any] = {},
         continues: bool = False,
+        one_agent: bool = True,
     ) -> Prompt:
-        """`scope` is the episode, or empty without one; only conversations of the same scope are looked at.
+        """Only conversations of the same scope are looked at: who asks, and the model that is asked.
+
+        `one_agent`: all of the scope belongs together, as in an episode. Only there a reply behind a change of history
+        is found by what it says: of strangers' replies that say the same, none may show up in another's prompt.
 
         The prompt counts as asked from now on: `withdraw` it if no token is sampled. Raises RenderError.
         """
         prints = fingerprints(scope, messages, tools, options)
-        at, base = self._deepest(prints, messages)
-        later = self._later_replies(scope, messages, at, continues)
-        ids = self._rendered(messages, tools, options, continues, at, base, later)
+        at, said = self._deepest(prints, messages)
+        base = None if said is None else said.call
+        later = self._later_replies(scope, messages, at, continues) if one_agent else {}
+        ids = self._rendered(messages, tools, options, continues, at, said, later)
         lost = base is not None and not base.begins(pack(ids))
         changed = bool(later) or lost or self._answers_differ(prints, messages, at)
-        return self._labelled(scope, _turn_key(prints[-1], continues), ids, base, changed)
+        prompt = self._labelled(scope, _turn_key(prints[-1], continues), ids, base, changed)
+        reopened = said is not None and continues and at == len(messages) - 1
+        return replace(prompt, begun_at=said.began) if said is not None and reopened else prompt
 
     def raw_prompt(self, scope: str, ids: list[int]) -> Prompt:
         """A prompt that the client gives as ids or as text, with its label. Asked from now on, as by `prompt`."""
         return self._labelled(scope, _raw_key(scope, ids), ids, None, False)
 
     def withdraw(self, prompt: Prompt) -> None:
-        """Nothing is sampled for this prompt (it was refused, or only counted): it is as if it had not been asked."""
-        if prompt.claim is None:
+        """Nothing is sampled for this prompt (it was refused, failed, or was cancelled): it is as if it had not been
+        asked. Idempotent."""
+        if prompt.claim is None or prompt.claim.withdrawn:
             return
+        prompt.claim.withdrawn = True
         turn, base = prompt.claim.turn, prompt.claim.base
         if turn.digest == prompt.claim.digest:
             turn.asked -= 1
@@ -139,26 +173,29 @@ class ConversationIndex:
         key = _turn_key(before[-1], continues)
         turn = self._turns.setdefault(key, _Turn())
         self._turns.move_to_end(key)
+        data = pack(ids)
+        at, base = self._deepest(before, messages)
+        start = turn.length if turn.length <= len(ids) and turn.digest == _digest(pack(ids[: turn.length])) else None
+        began, thought_known = start, True
         if continues:
+            reopened = base is not None and at == len(messages) - 1
+            began = base.began if base is not None and reopened else None
+            thought_known = not reopened or bool(messages[-1].get("reasoning_content"))
             messages, reply = messages[:-1], _joined(messages[-1], reply)
         print_ = fingerprints(scope, [*messages, reply], tools, options)[-1]
-        data = pack(ids)
-        known = self._known.get(print_)
-        if known is None or known[1].end != len(ids) or not known[1].begins(data):
-            _, base = self._deepest(before, [*messages, reply])
-            start = (
-                turn.length if turn.length <= len(ids) and turn.digest == _digest(pack(ids[: turn.length])) else None
-            )
-            found_by = (print_, *_echoes(scope, messages, reply)) if start is not None else (print_,)
-            call = self._sequences.add(scope, call_id, data, start, base)
-            self._keep(key, turn, call, found_by)
+        worded = wording(messages, reply, thought_known=thought_known)
+        if not self._said_again(print_, data, worded):
+            may_echo = start is not None and began is not None and thought_known
+            found_by = (print_, *_echoes(scope, messages, reply)) if may_echo else (print_,)
+            call = self._sequences.add(scope, call_id, data, start, None if base is None else base.call)
+            self._keep(turn, _Said(key, call, began, [worded], found_by))
         self._forget()
 
     def remember_raw(self, scope: str, prompt_ids: list[int], sampled_ids: list[int], call_id: str) -> None:
         """What was sampled for a prompt of `raw_prompt`."""
         key, data = _raw_key(scope, prompt_ids), pack([*prompt_ids, *sampled_ids])
         call = self._sequences.add(scope, call_id, data, len(prompt_ids), None)
-        self._keep(key, self._turns.setdefault(key, _Turn()), call, ())
+        self._keep(self._turns.setdefault(key, _Turn()), _Said(key, call, len(prompt_ids), [], ()))
         self._forget()
 
     def _labelled(self, scope: str, key: bytes, ids: list[int], base: KnownCall | None, changed: bool) -> Prompt:
@@ -171,35 +208,59 @@ class ConversationIndex:
         relation, parted_at = _relation(len(ids), turn, base, nearest, changed)
         if base is not None:
             base.continued += 1
-        return Prompt(ids, base.id if base else None, relation, parted_at, _Claim(key, turn, turn.digest, base))
+        return Prompt(ids, base.id if base else None, relation, parted_at, claim=_Claim(key, turn, turn.digest, base))
 
-    def _keep(self, key: bytes, turn: _Turn, call: KnownCall, found_by: tuple[bytes, ...]) -> None:
-        self._turns.move_to_end(key)
-        turn.replies.append((call, found_by))
+    def _keep(self, turn: _Turn, said: _Said) -> None:
+        self._turns.move_to_end(said.turn)
+        turn.replies.append(said)
         self._replies += 1
-        self._known.update((found, (key, call)) for found in found_by)
+        for found in said.found_by:
+            candidates = self._known.setdefault(found, [])
+            candidates.append(said)
+            del candidates[:-_CANDIDATES]
 
-    def _deepest(self, prints: list[bytes], messages: list[Message]) -> tuple[int | None, KnownCall | None]:
+    def _said_again(self, print_: bytes, data: bytes, worded: Wording) -> bool:
+        """Whether these ids are known; they are the latest of their fingerprint then."""
+        candidates = self._known.get(print_, [])
+        length = len(data) // 4
+        again = next((said for said in candidates if said.call.end == length and said.call.begins(data)), None)
+        if again is None:
+            return False
+        candidates.remove(again)
+        candidates.append(again)
+        again.wordings = [*(known for known in again.wordings if known != worded), worded][-_WORDINGS:]
+        self._turns.move_to_end(again.turn)
+        return True
+
+    def _deepest(self, prints: list[bytes], messages: list[Message]) -> tuple[int | None, _Said | None]:
         """The last of the messages that this server said, with all that comes before it unchanged."""
         for at in reversed(range(len(prints))):
-            known = self._known.get(prints[at]) if messages[at]["role"] == "assistant" else None
-            if known is not None:
-                self._turns.move_to_end(known[0])
-                return at, known[1]
+            candidates = self._known.get(prints[at]) if messages[at]["role"] == "assistant" else None
+            if candidates:
+                meant = _meant(candidates, wording(messages[:at], messages[at]))
+                if meant:
+                    self._turns.move_to_end(meant[-1].turn)
+                    return at, meant[-1]
         return None, None
 
     def _later_replies(
         self, scope: str, messages: list[Message], base: int | None, continues: bool
-    ) -> dict[int, KnownCall]:
+    ) -> dict[int, _Said]:
         """Messages behind the base that this server said, in this conversation or in another of the scope."""
         found = {}
         for at in range(0 if base is None else base + 1, len(messages) - continues):
-            if messages[at]["role"] == "assistant":
-                echoes = _echoes(scope, messages[:at], messages[at])
-                known = next((self._known[echo] for echo in echoes if echo in self._known), None)
-                if known is not None:
-                    found[at] = known[1]
+            said = self._echoed(scope, messages[:at], messages[at]) if _says_something(messages[at]) else None
+            if said is not None:
+                found[at] = said
         return found
+
+    def _echoed(self, scope: str, before: Sequence[Message], message: Message) -> _Said | None:
+        """The reply that a message must be; None if there are several."""
+        for echo in _echoes(scope, before, message):
+            meant = _meant(self._known.get(echo, []), wording((), message))
+            if meant:
+                return meant[-1] if all(said.reply_ids == meant[-1].reply_ids for said in meant[:-1]) else None
+        return None
 
     def _answers_differ(self, prints: list[bytes], messages: list[Message], base: int | None) -> bool:
         """Whether behind the base a reply stands where this server gave another."""
@@ -218,12 +279,12 @@ class ConversationIndex:
         options: Mapping[str, Any],
         continues: bool,
         at: int | None,
-        base: KnownCall | None,
-        later: Mapping[int, KnownCall],
+        base: _Said | None,
+        later: Mapping[int, _Said],
     ) -> list[int]:
         if at is not None and base is not None:
             if continues and at == len(messages) - 1:
-                return self._reopened(base)
+                return self._reopened(base.call)
             ids = self._spliced(messages, tools, options, continues, {at: base, **later}, head=False)
             ids = ids or self._spliced(messages, tools, options, continues, {at: base}, head=False)
             if ids:
@@ -240,7 +301,7 @@ class ConversationIndex:
         tools: list[dict[str, Any]],
         options: Mapping[str, Any],
         continues: bool,
-        replies: Mapping[int, KnownCall],
+        replies: Mapping[int, _Said],
         *,
         head: bool,
     ) -> list[int] | None:
@@ -250,8 +311,8 @@ class ConversationIndex:
         if pieces is None:
             return None
         ids = self._renderer.encode(pieces[0])
-        for number, (call, text) in enumerate(zip(replies.values(), pieces[1:], strict=True)):
-            ids += call.sampled_ids if head or number else call.ids
+        for number, (said, text) in enumerate(zip(replies.values(), pieces[1:], strict=True)):
+            ids += said.reply_ids if head or number else said.call.ids
             ids += self._renderer.encode_after(text, ids[-1] if ids else -1)
         return ids
 
@@ -278,11 +339,14 @@ class ConversationIndex:
         while self._turns and self._is_full():
             _, oldest = self._turns.popitem(last=False)
             self._replies -= len(oldest.replies)
-            for call, found_by in oldest.replies:
-                self._sequences.release(call)
-                for found in found_by:
-                    if self._known.get(found, (b"", None))[1] is call:
-                        del self._known[found]
+            for said in oldest.replies:
+                self._sequences.release(said.call)
+                for found in said.found_by:
+                    candidates = self._known.get(found, [])
+                    if said in candidates:
+                        candidates.remove(said)
+                    if not candidates:
+                        self._known.pop(found, None)
 
 
 def _relation(
@@ -323,8 +387,22 @@ def _essence(message: Message) -> list[Any]:
     return [message["role"], content.strip() if message["role"] == "assistant" else content, calls]
 
 
+def _meant(candidates: Sequence[_Said], asked: Wording) -> list[_Said]:
+    """Those of the candidates that may be meant, the latest last."""
+    said = [(worded, said) for said in candidates for worded in said.wordings]
+    return [said[at][1] for at in fitting([worded for worded, _ in said], asked)]
+
+
+def _says_something(message: Message) -> bool:
+    """Whether it is one of the assistant that has text or calls: nothing else tells which reply it is."""
+    said = (message.get("content") or "").strip() or message.get("tool_calls")
+    return message["role"] == "assistant" and bool(said)
+
+
 def _joined(begun: Message, reply: Message) -> Message:
-    return {**reply, "content": (begun.get("content") or "") + (reply.get("content") or "")}
+    joined = {**reply, "content": (begun.get("content") or "") + (reply.get("content") or "")}
+    thought = (begun.get("reasoning_content") or "") + (reply.get("reasoning_content") or "")
+    return {**joined, "reasoning_content": thought} if thought else joined
 
 
 def _turn_key(print_: bytes, continues: bool) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -60,3 +61,18 @@ class Connection:
 
     def close(self) -> None:
         self._writer.close()
+
+
+async def ask_all(port: int, path: str, asked: Sequence[bytes], connections: int) -> list[Answer]:
+    """Every body once, in order of the first to be free."""
+    opened = [await Connection.open(port) for _ in range(connections)]
+    waiting, answers = list(reversed(asked)), []
+
+    async def client(connection: Connection) -> None:
+        while waiting:
+            answers.append(await connection.post(path, waiting.pop()))
+
+    await asyncio.gather(*(client(connection) for connection in opened))
+    for connection in opened:
+        connection.close()
+    return answers

@@ -30,7 +30,7 @@ from rollout_server.bench.lrl_driver import LrlEngine, start
 from rollout_server.bench.wire import Setup
 from rollout_server.launch import RolloutServer
 from rollout_server.models.catalog import resolve_model
-from tests.web_client import Answer, Connection
+from tests.web_client import Answer, ask_all
 
 VARIANTS = ("generate", "chat", "generate-stream", "chat-stream")
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards quietly box in the rain".split()  # noqa: SIM905
@@ -80,18 +80,9 @@ async def ask_engine(engine: LrlEngine, prompts: Sequence[list[int]], out: int, 
 
 async def ask_web(port: int, path: str, asked: Sequence[bytes], streams: int) -> tuple[list[Answer], float]:
     """All answers, and the seconds that they took together."""
-    connections = [await Connection.open(port) for _ in range(streams)]
-    waiting, answers = list(asked), []
-
-    async def client(connection: Connection) -> None:
-        while waiting:
-            answers.append(await connection.post(path, waiting.pop()))
-
     began = time.perf_counter()
-    await asyncio.gather(*(client(connection) for connection in connections))
+    answers = await ask_all(port, path, asked, streams)
     seconds = time.perf_counter() - began
-    for connection in connections:
-        connection.close()
     refused = [answer for answer in answers if answer.status != 200]
     if refused:
         raise RuntimeError(f"{len(refused)} requests were refused, one with {refused[0].body[:300]!r}")

@@ -21,26 +21,14 @@ from rich.progress import track
 from rollout_server.launch import RolloutServer
 from rollout_server.models.catalog import resolve_model
 from tests.bench.bench_web import percentile
-from tests.web_client import Answer, Connection
+from tests.web_client import ask_all
+
+CHAT = "/v1/chat/completions"
 
 
 def chat(number: int, **fields: Any) -> bytes:
     messages = [{"role": "user", "content": f"Hello, I am number {number}. What is {number} + {number // 3}?"}]
     return json.dumps({"model": "load", "messages": messages, "ignore_eos": True, **fields}).encode()
-
-
-async def ask_all(port: int, asked: list[bytes], connections: int) -> list[Answer]:
-    opened = [await Connection.open(port) for _ in range(connections)]
-    waiting, answers = list(reversed(asked)), []
-
-    async def client(connection: Connection) -> None:
-        while waiting:
-            answers.append(await connection.post("/v1/chat/completions", waiting.pop()))
-
-    await asyncio.gather(*(client(connection) for connection in opened))
-    for connection in opened:
-        connection.close()
-    return answers
 
 
 async def vanish(port: int, count: int, server: RolloutServer) -> float:
@@ -85,7 +73,7 @@ def main() -> None:
         port = int(server.base_url.rpartition(":")[2])
         began = time.perf_counter()
         asked = [chat(number, max_tokens=32, stream=True) for number in range(args.streams)]
-        answers = asyncio.run(ask_all(port, asked, args.streams))
+        answers = asyncio.run(ask_all(port, CHAT, asked, args.streams))
         seconds = time.perf_counter() - began
         whole = sum(answer.status == 200 and answer.body.endswith(b"data: [DONE]\n\n") for answer in answers)
         first = [answer.events[0] - answer.asked_at for answer in answers if answer.events]
@@ -97,7 +85,7 @@ def main() -> None:
         rows, failed, began = [], 0, time.perf_counter()
         for start in track(range(0, args.requests, 1000), description="requests", console=console):
             asked = [chat(number, max_tokens=4) for number in range(start, min(start + 1000, args.requests))]
-            failed += sum(answer.status != 200 for answer in asyncio.run(ask_all(port, asked, 64)))
+            failed += sum(answer.status != 200 for answer in asyncio.run(ask_all(port, CHAT, asked, 64)))
             rows.append({name: process.memory_info().rss / 2**20 for name, process in processes.items()})
         seconds = time.perf_counter() - began
         console.print(f"{args.requests} requests: {failed} failed, {args.requests / seconds:.0f} a second")

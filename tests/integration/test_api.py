@@ -377,6 +377,11 @@ def test_what_is_not_served_is_refused_by_name(web: Web, extra: dict[str, Any], 
     assert caught.value.code is not None
 
 
+def test_a_misspelt_parameter_is_refused_with_the_right_name(web: Web) -> None:
+    with pytest.raises(openai.BadRequestError, match="'max_completion_token'; did you mean 'max_completion_tokens'"):
+        web.client().chat.completions.create(model="tiny", messages=HELLO, extra_body={"max_completion_token": 5})
+
+
 def test_sampling_parameters_reach_the_engine(web: Web) -> None:
     web.says("ok")
     web.client().chat.completions.create(

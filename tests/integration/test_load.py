@@ -18,9 +18,10 @@ import psutil
 import pytest
 
 from rollout_server.launch import RolloutServer
-from tests.web_client import Answer, Connection
+from tests.web_client import ask_all
 
 STREAMS = 1000
+CHAT = "/v1/chat/completions"
 
 
 @pytest.fixture(scope="module")
@@ -58,25 +59,11 @@ def quiet(server: RolloutServer, within_s: float = 5.0) -> dict[str, float]:
     raise AssertionError(f"still running: {stats}")
 
 
-async def ask_all(at: int, asked: list[bytes], connections: int) -> list[Answer]:
-    opened = [await Connection.open(at) for _ in range(connections)]
-    waiting, answers = list(reversed(asked)), []
-
-    async def client(connection: Connection) -> None:
-        while waiting:
-            answers.append(await connection.post("/v1/chat/completions", waiting.pop()))
-
-    await asyncio.gather(*(client(connection) for connection in opened))
-    for connection in opened:
-        connection.close()
-    return answers
-
-
 def test_a_thousand_streams_at_once(server: RolloutServer) -> None:
     asked = [
         chat(number, max_tokens=8, stream=True, stream_options={"include_usage": True}) for number in range(STREAMS)
     ]
-    answers = asyncio.run(ask_all(port(server), asked, STREAMS))
+    answers = asyncio.run(ask_all(port(server), CHAT, asked, STREAMS))
     assert [answer.status for answer in answers] == [200] * STREAMS
     for answer in answers:
         assert answer.body.endswith(b"data: [DONE]\n\n")
@@ -91,7 +78,7 @@ def test_thousands_of_requests_leave_nothing_behind(server: RolloutServer) -> No
     asked = [chat(number % 100, max_tokens=2) for number in range(1500)]
     sizes = []
     for _ in range(3):
-        answers = asyncio.run(ask_all(port(server), asked, 64))
+        answers = asyncio.run(ask_all(port(server), CHAT, asked, 64))
         assert all(answer.status == 200 for answer in answers)
         sizes.append(sum(process.memory_info().rss for process in processes))
     quiet(server)
@@ -141,7 +128,7 @@ def test_no_table_of_the_web_process_grows(tiny_llama: Path, tmp_path: Path) -> 
         counts = []
         for _ in range(3):
             asked = [chat(number % 50, n=1 + number % 3, stream=number % 2 == 0) for number in range(600)]
-            answers = asyncio.run(ask_all(int(url.rpartition(":")[2]), asked, 32))
+            answers = asyncio.run(ask_all(int(url.rpartition(":")[2]), CHAT, asked, 32))
             assert all(answer.status == 200 for answer in answers)
             manager.submitted.clear()
             time.sleep(0.2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import pydantic
@@ -162,7 +163,7 @@ def parse(kind: type[R], body: Mapping[str, Any], *, at: str = "") -> R:
     try:
         return kind.model_validate(body)
     except pydantic.ValidationError as error:
-        raise _refusal(error, at) from error
+        raise _refusal(error, at, kind) from error
 
 
 def invalid(param: str, message: str) -> ApiError:
@@ -189,13 +190,16 @@ def renamed(error: ApiError, names: Mapping[str, str]) -> ApiError:
     return ApiError(error.status, message, param=param, code=error.code, retry_after=error.retry_after)
 
 
-def _refusal(error: pydantic.ValidationError, at: str) -> ApiError:
+def _refusal(error: pydantic.ValidationError, at: str, kind: type[BaseModel]) -> ApiError:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     path = [part for part in first["loc"] if isinstance(part, int) or (part.isidentifier() and part not in _TYPES)]
     param = ".".join([at, *map(str, path)] if at else map(str, path))
     match first["type"]:
         case "extra_forbidden":
-            return ApiError(400, f"unsupported parameter: {param!r}", param=param, code="unsupported_parameter")
+            known = kind.model_fields if len(first["loc"]) == 1 else ()
+            near = get_close_matches(str(first["loc"][-1])[:100], known, n=1, cutoff=0.75)
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            return ApiError(400, f"unsupported parameter: {param!r}{meant}", param=param, code="unsupported_parameter")
         case "missing":
             return ApiError(400, f"missing required parameter: {param!r}", param=param, code="missing_parameter")
         case _:

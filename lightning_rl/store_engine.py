@@ -7,6 +7,7 @@ queue for up to `BUSY_SECONDS` instead of failing half-way; readers never wait (
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from lightning_rl.errors import StoreError
 
 BUSY_SECONDS = 60
-PRAGMAS = ("journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON")
+PRAGMAS = ("synchronous = NORMAL", "foreign_keys = ON")
 HINTS = {
     "database or disk is full": "free some space on the disk, then go on with `lrl train --resume RUN`",
     "database is locked": "another process holds the write lock; is a program other than Lightning RL using the file?",
@@ -73,8 +74,22 @@ def _url(place: Path | str) -> URL:
 
 def _configure(connection: sqlite3.Connection, _record: Any) -> None:
     connection.isolation_level = None  # the driver would otherwise decide by itself when a transaction begins
+    _write_ahead(connection)
     for pragma in PRAGMAS:
         connection.execute(f"PRAGMA {pragma}")
+
+
+def _write_ahead(connection: sqlite3.Connection) -> None:
+    """While another process does the same to a new file, SQLite refuses at once, whatever its timeout."""
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 def _begin(connection: Connection) -> None:

@@ -184,8 +184,9 @@ def test_a_worker_killed_over_and_over_is_given_up_with_words(tiny_llama: Path, 
     with RolloutServer(tiny_llama, "tiny", "float32", log_dir=tmp_path, kv_tokens=1024, threads=1) as server:
         pids = server.pids
         for _ in range(3):
-            os.kill(server.pids["worker"], signal.SIGKILL)
-            until(lambda: healthy(server))
+            killed = server.pids["worker"]
+            os.kill(killed, signal.SIGKILL)
+            until(lambda killed=killed: server.pids["worker"] != killed and healthy(server))  # type: ignore[misc]
             server.check()
         os.kill(server.pids["worker"], signal.SIGKILL)
         until(lambda: ended(server))

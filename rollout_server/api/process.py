@@ -8,6 +8,7 @@ A SIGINT ends it at once then.
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import sys
 from pathlib import Path
@@ -21,6 +22,9 @@ from rollout_server.api.config import WebConfig, read_web_config
 from rollout_server.api.front.connections import guarded, make_room
 from rollout_server.api.front.draining import Door
 from rollout_server.api.services import Services
+
+NICENESS = 5
+"""Where cores are few, the worker comes first: what the web process does fits into the gaps between passes."""
 
 
 class WebServer(uvicorn.Server):
@@ -56,4 +60,5 @@ if __name__ == "__main__":
     settings = read_web_config(Path(sys.argv[1]))
     die_with_parent(settings.parent_pid)
     make_room(settings.limits)
+    os.nice(NICENESS)
     serve(settings)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import statistics
@@ -109,9 +110,11 @@ def play_web(
         into.token_s += [b - a for a, b in zip(answer.events, answer.events[1:], strict=False)]
 
 
-async def play_engine(setup: Setup, prompts: Sequence[list[int]], out: int, streams: int) -> float:
+async def play_engine(
+    setup: Setup, warm: Sequence[list[int]], prompts: Sequence[list[int]], out: int, streams: int
+) -> float:
     async with start(setup) as engine:
-        await ask_engine(engine, prompts[:streams], 4, streams)
+        await ask_engine(engine, warm, 4, streams)
         return await ask_engine(engine, prompts, out, streams)
 
 
@@ -161,9 +164,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     model_dir = resolve_model(args.model)
-    conversations = [conversation(number, args.words) for number in range(args.requests)]
     renderer = Renderer(model_dir)
-    prompts = [renderer.prompt(list(messages), []) for messages in conversations]
+    numbers = itertools.count()
+
+    def fresh() -> tuple[list[list[dict[str, str]]], list[list[int]]]:
+        """Conversations that nobody has had yet, and their prompts: no prefix of them is known."""
+        made = [conversation(next(numbers), args.words) for _ in range(args.requests)]
+        return made, [renderer.prompt(list(messages), []) for messages in made]
+
     scratch = tempfile.mkdtemp(prefix="lrl-bench-")
     setup = Setup(
         model_dir=str(model_dir),
@@ -180,18 +188,18 @@ def main() -> None:
     engine: list[float] = []
     for number in range(args.rounds):
         print(f"round {number + 1} of {args.rounds}: the engine alone", flush=True)
-        engine.append(asyncio.run(play_engine(setup, prompts, args.out, args.streams)))
+        engine.append(asyncio.run(play_engine(setup, fresh()[1], fresh()[1], args.out, args.streams)))
         with (
             tempfile.TemporaryDirectory() as logs,
             RolloutServer(
                 model_dir, "bench", args.dtype, log_dir=Path(logs), max_batch=args.streams, device="cpu"
             ) as server,
         ):
-            warm = bodies("chat", conversations[: args.streams], prompts, 4)
+            warm = bodies("chat", *fresh(), 4)
             play_web(server, "chat", warm, 4, args.streams, Measured())
             for variant in VARIANTS if number % 2 == 0 else VARIANTS[::-1]:
                 print(f"round {number + 1} of {args.rounds}: {variant}", flush=True)
-                asked = bodies(variant, conversations, prompts, args.out)
+                asked = bodies(variant, *fresh(), args.out)
                 play_web(server, variant, asked, args.out, args.streams, measured[variant])
     show(measured, engine)
 

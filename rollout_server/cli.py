@@ -77,7 +77,12 @@ def _configure_serve(parser: argparse.ArgumentParser) -> None:
     )
     add("--tool-parser", metavar="NAME", help="how tool calls are read from replies (default: by the chat template)")
     add("--reasoning-parser", metavar="NAME", help="how reasoning is read from replies (default: by the chat template)")
-    add("--max-queue", type=int, metavar="N", help="requests that may wait; more are refused with status 503")
+    add(
+        "--max-queue",
+        type=int,
+        metavar="N",
+        help="requests that may wait; more get status 503, one client beyond its share 429",
+    )
     add("--request-timeout", type=float, metavar="SECONDS", help="that a request may take at most")
     add(
         "--drain-s",

@@ -116,7 +116,8 @@ class Matcher:
 
 
 class Grammars:
-    """Compiles grammars for one model; for any thread."""
+    """Compiles grammars for one model; for any thread. The first one waits a second for the vocabulary, of which nobody else can do
+    anything for 0.4 s: whoever never asks for a grammar pays nothing."""
 
     def __init__(self, model_dir: str | Path, vocab_size: int) -> None:
         self._model_dir, self._vocab_size = Path(model_dir), vocab_size
@@ -126,10 +127,6 @@ class Grammars:
         self._thread: ThreadPoolExecutor | None = None
         self._vocabulary: Vocabulary | GrammarError | None = None
         """Made and used in that thread; an error is why there is none."""
-
-    def warm(self) -> None:
-        """Prepare for the first grammar now, in the background: that holds the interpreter for half a second, once."""
-        self.begin('start: "a"')
 
     def check(self, grammar: str) -> str | None:
         """What is wrong with it; None: nothing. Blocks while it is compiled."""

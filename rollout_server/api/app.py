@@ -57,7 +57,6 @@ def build_app(config: WebConfig) -> Starlette:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         services.engine.start()
-        services.grammars.warm()
         yield
         services.engine.hang_up()
         await asyncio.gather(*services.tasks, return_exceptions=True)  # they still record what was sampled

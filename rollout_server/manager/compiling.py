@@ -62,10 +62,6 @@ class Compiling:
     def __len__(self) -> int:
         return len(self._pending)
 
-    def warm(self) -> None:
-        """Prepare for the first grammar now, while nobody waits."""
-        self._grammars.warm()
-
     def begin(self, submit: m.Submit) -> Matcher | None:
         """Its grammar at the beginning, never to be changed, if it is known; None: `finished` will have it. Raises GrammarError."""
         shared = self._shared.get(submit.grammar)

@@ -334,7 +334,6 @@ def serve(engine: EngineConfig, config_file: Path) -> None:
     worker.start()
     try:
         manager = Manager(engine, web, worker)
-        manager.compiling.warm()
         gc.freeze()
         gc.set_threshold(GARBAGE_THRESHOLD)
         manager.run(_wakeup_pipe())

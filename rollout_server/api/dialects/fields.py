@@ -88,7 +88,42 @@ class StreamOptions(Strict):
     include_obfuscation: Literal[False] = False
 
 
-class SampledFields(Strict):
+class DistributionFields(Strict):
+    """What a token is drawn from and what ends a reply, under the names on which all dialects agree."""
+
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=-1, lt=LIMIT)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    logit_bias: Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] = {}
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
+    stop: Stops = []
+    stop_token_ids: Annotated[list[TokenNumber], Field(max_length=1024)] = []
+    ignore_eos: bool = False
+
+    def drawn(self, **others: Any) -> SamplingOptions:
+        """`others` are what the dialects call by other names."""
+        return SamplingOptions(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=max(self.top_k, 0),
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias={int(token_id): bias for token_id, bias in self.logit_bias.items()},
+            n=self.n,
+            stops=stop_texts(self.stop),
+            stop_ids=tuple(self.stop_token_ids),
+            ignore_eos=self.ignore_eos,
+            **others,
+        )
+
+
+class SampledFields(DistributionFields):
     """The sampling parameters that vLLM and SGLang know beside OpenAI's own, and what every dialect of OpenAI's has."""
 
     off: ClassVar[Mapping[str, Sequence[Any]]] = {
@@ -102,21 +137,9 @@ class SampledFields(Strict):
     }
 
     model: Annotated[str, Field(max_length=512)]
-    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=-1, lt=LIMIT)] = 0
-    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    logit_bias: Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] = {}
     priority: Annotated[int, Field(ge=-8, le=8)] = 0
     """Lower goes first."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
-    stop: Stops = []
-    stop_token_ids: Annotated[list[TokenNumber], Field(max_length=1024)] = []
-    ignore_eos: bool = False
     min_tokens: Annotated[int, Field(ge=0, lt=LIMIT)] = 0
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
@@ -134,22 +157,10 @@ class SampledFields(Strict):
         """Raises ApiError for more `min_tokens` than `max_tokens`."""
         if max_tokens is not None and self.min_tokens > max_tokens:
             raise invalid("min_tokens", f"min_tokens is {self.min_tokens}, and the reply may have {max_tokens} tokens")
-        return SamplingOptions(
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=max(self.top_k, 0),
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            logit_bias={int(token_id): bias for token_id, bias in self.logit_bias.items()},
+        return self.drawn(
             seed=self.seed,
-            n=self.n,
             max_tokens=max_tokens,
             min_tokens=self.min_tokens,
-            stops=stop_texts(self.stop),
-            stop_ids=tuple(self.stop_token_ids),
-            ignore_eos=self.ignore_eos,
             top_logprobs=top_logprobs,
             priority=self.priority,
         )

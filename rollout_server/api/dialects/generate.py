@@ -21,15 +21,12 @@ from rollout_server.api.dialects.completions import NOTHING, encoded
 from rollout_server.api.dialects.fields import (
     LIMIT,
     MAX_CHOICES,
+    DistributionFields,
     Natural,
-    Stops,
     Strict,
-    TokenId,
     TokenIds,
-    TokenNumber,
     invalid,
     parse,
-    stop_texts,
 )
 from rollout_server.api.exchange import Event, Exchange, Plan, drain, finish_reason, remember_ids, unless_gone
 from rollout_server.api.front.wire import event_stream, json_body, json_response
@@ -40,7 +37,7 @@ from rollout_server.api.turn_run import constraint_reading
 RequestName = Annotated[str, Field(min_length=1, max_length=256)]
 
 
-class GenerateSampling(Strict):
+class GenerateSampling(DistributionFields):
     off = {
         "skip_special_tokens": (True,),
         "spaces_between_special_tokens": (True, False),  # there are none to put spaces between
@@ -49,18 +46,6 @@ class GenerateSampling(Strict):
 
     max_new_tokens: Natural = 128
     min_new_tokens: Annotated[int, Field(ge=0, lt=LIMIT)] = 0
-    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=-1, lt=LIMIT)] = -1
-    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    logit_bias: Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] = {}
-    stop: Stops = []
-    stop_token_ids: Annotated[list[TokenNumber], Field(max_length=1024)] = []
-    ignore_eos: bool = False
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     sampling_seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     json_schema: str | None = None
     """JSON text of a schema that the reply must fit."""
@@ -106,22 +91,10 @@ class GenerateRequest(Strict):
         if params.min_new_tokens > params.max_new_tokens:
             least, most = params.min_new_tokens, params.max_new_tokens
             raise invalid("sampling_params.min_new_tokens", f"at least {least} tokens, at most {most}")
-        return SamplingOptions(
-            temperature=params.temperature,
-            top_p=params.top_p,
-            top_k=max(params.top_k, 0),
-            min_p=params.min_p,
-            repetition_penalty=params.repetition_penalty,
-            presence_penalty=params.presence_penalty,
-            frequency_penalty=params.frequency_penalty,
-            logit_bias={int(token_id): bias for token_id, bias in params.logit_bias.items()},
+        return params.drawn(
             seed=params.sampling_seed,
-            n=params.n,
             max_tokens=params.max_new_tokens,
             min_tokens=params.min_new_tokens,
-            stops=stop_texts(params.stop),
-            stop_ids=tuple(params.stop_token_ids),
-            ignore_eos=params.ignore_eos,
             top_logprobs=self.top_logprobs_num if self.return_logprob else 0,
             priority=self.priority,
         )

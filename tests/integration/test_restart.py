@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,7 +20,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import msgspec
@@ -239,20 +240,39 @@ def generate(url: str, tokens: int) -> httpx.Response:
     return httpx.post(f"{url}/v1/completions", json=body, timeout=60)
 
 
+class Held:
+    """A request that the server has begun to read and that ends only when told to: no clock decides whether it is under way."""
+
+    def __init__(self, url: str) -> None:
+        self._body = json.dumps(
+            {"model": "tiny-llama", "prompt": [5, 6, 7], "max_tokens": 40, "ignore_eos": True}
+        ).encode()
+        host, port = url.removeprefix("http://").split(":")
+        self._socket = socket.create_connection((host, int(port)), timeout=60)
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\nconnection: close\r\n"
+        )
+        self._socket.sendall(f"{head}content-length: {len(self._body)}\r\nexpect: 100-continue\r\n\r\n".encode())
+        assert self._socket.recv(4096).startswith(b"HTTP/1.1 100 ")
+
+    def finish(self) -> dict[str, Any]:
+        self._socket.sendall(self._body)
+        answer = b"".join(iter(lambda: self._socket.recv(65536), b""))
+        self._socket.close()
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200 "), answer
+        return cast(dict[str, Any], json.loads(body))
+
+
 def test_sigterm_lets_requests_finish_and_refuses_new_ones(serve: tuple[subprocess.Popen[str], str]) -> None:
     process, url = serve
-    answers: list[httpx.Response] = []
-    thread = threading.Thread(target=lambda: answers.append(generate(url, 1900)))
-    thread.start()
-    time.sleep(0.5)
+    held = Held(url)
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.3)
-    assert thread.is_alive(), "the request ended too early to show anything"
+    until(lambda: generate(url, 1).status_code == 503)
     refused = generate(url, 1)
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
     assert int(refused.headers["retry-after"]) > 0
-    thread.join(60)
-    assert answers[0].json()["usage"]["completion_tokens"] == 1900
+    assert held.finish()["usage"]["completion_tokens"] == 40
     assert process.wait(20) == 0
 
 
@@ -261,19 +281,19 @@ def test_a_sigterm_to_all_processes_at_once_lets_requests_finish(
 ) -> None:
     """As systemd and Slurm send it."""
     process, url = serve
-    answers: list[httpx.Response] = []
-    thread = threading.Thread(target=lambda: answers.append(generate(url, 1900)))
-    thread.start()
-    time.sleep(0.3)
-    family = [process.pid, *children(process.pid)]
-    family += [grandchild for child in family[1:] for grandchild in children(child)]
-    assert len(family) == 4, "not web, manager and worker"
-    for pid in family:
-        os.kill(pid, signal.SIGTERM)
-    time.sleep(0.3)
-    assert thread.is_alive(), answers or "the request ended too early to show anything"
-    thread.join(60)
-    assert answers[0].json()["usage"]["completion_tokens"] == 1900
+    held = Held(url)
+    body = {"model": "tiny-llama", "prompt": [5, 6, 7], "max_tokens": 1900, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        family = [process.pid, *children(process.pid)]
+        family += [grandchild for child in family[1:] for grandchild in children(child)]
+        assert len(family) == 4, "not web, manager and worker"
+        for pid in family:
+            os.kill(pid, signal.SIGTERM)
+        until(lambda: generate(url, 1).status_code == 503)
+        assert list(lines)[-2:] == ["data: [DONE]", ""]
+    assert held.finish()["usage"]["completion_tokens"] == 40
     assert process.wait(20) == 0
     until(lambda: not any(map(alive, family)))
     assert not list(tmp_path.glob("lrl-*"))

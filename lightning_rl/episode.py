@@ -6,10 +6,11 @@ credit and the trainer only read. They are frozen; what changes over time is whi
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Any
 
-from msgspec import Struct, field
+from msgspec import Struct, field, structs
 
 
 class Outcome(StrEnum):
@@ -87,6 +88,13 @@ class Call(Struct, frozen=True, kw_only=True):
     """For an edit the first prompt token that differs from the nearest earlier call's prompt + sampled ids; for a fork the
     length of the call that it extends, or of the prompt if that was asked before; None otherwise."""
     span_id: str | None = None
+    """The span that made it: said by the request's headers, or by a `CallLink`; None if nobody knows."""
+    response_id: str = ""
+    """The id of the response that the client got; choices of one request share it."""
+    upstream: str = ""
+    """Name of the provider that answered in the policy's place; such a call has no ids and is never trained on."""
+    redacted: bool = False
+    """Whether something was taken out of it before it was stored; such a call is not trained on."""
     experts: bytes | None = None
     """MoE only: expert ids, int16 [tokens, layers, top_k]."""
     cached_tokens: int = 0
@@ -106,7 +114,7 @@ class Span(Struct, frozen=True, kw_only=True):
     episode_id: str
     name: str
     kind: str
-    """`agent`, `chain` or `tool`."""
+    """`agent`, `chain`, `tool` or `handoff`."""
     parent_id: str | None = None
     started_at: float = 0.0
     ended_at: float = 0.0
@@ -124,6 +132,23 @@ class Reward(Struct, frozen=True, kw_only=True):
     time: float = 0.0
     call_id: str | None = None
     span_id: str | None = None
+
+
+class CallLink(Struct, frozen=True, kw_only=True):
+    """Which span made a call, said by the framework that got the response with this id."""
+
+    episode_id: str
+    response_id: str
+    span_id: str
+
+
+def linked(calls: Iterable[Call], links: Iterable[CallLink]) -> list[Call]:
+    """The calls with the spans that the links name."""
+    span_of = {link.response_id: link.span_id for link in links}
+    return [
+        structs.replace(call, span_id=span_of[call.response_id]) if span_of.get(call.response_id) else call
+        for call in calls
+    ]
 
 
 class Episode(Struct, frozen=True, kw_only=True):

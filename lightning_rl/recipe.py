@@ -60,6 +60,8 @@ class Model(Section):
     """A built-in model (`smollm2-135m`, `smollm2-moe`, `tiny-llama`, `tiny-moe`), a local checkpoint directory, or a hub id."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the forward pass, in the server and in the trainer."""
+    adapters: dict[str, str] = {}
+    """Frozen LoRA adapters that are served beside the policy, for `agent.routes`: directories by name, relative to the recipe."""
 
 
 class Outcomes(Section):
@@ -78,12 +80,43 @@ class Outcomes(Section):
     """The run was interrupted."""
 
 
+class Route(Section):
+    """Who answers some of the agent's calls."""
+
+    match: Annotated[str, Field(min_length=1)]
+    """Glob (`*`, `?`, `[…]`) for the name of the agent, of the graph's node, or of the model that is asked for. The first route
+    that fits counts; what fits none goes to the policy."""
+    to: Annotated[str, Field(min_length=1)]
+    """`policy`, the name of one of `model.adapters`, or the name of one of `upstreams`."""
+
+
+class Upstream(Section):
+    """A provider elsewhere that speaks the same API."""
+
+    base_url: Annotated[str, Field(pattern=r"^https?://")]
+    """As its SDK takes it: `https://api.openai.com/v1`; for Anthropic's without `/v1`."""
+    api_key_env: str | None = None
+    """Environment variable that holds its key, which is never stored; null sends none."""
+    model: str | None = None
+    """The model to ask it for; null passes the agent's own word on."""
+
+
 class Agent(Section):
     """The agent that is trained, unchanged."""
 
-    function: FunctionName
-    """The agent, as `file.py:function`, relative to the recipe. It is called with a task's fields and finds the policy
-    at `OPENAI_BASE_URL`; what it returns is the episode's answer."""
+    function: FunctionName | None = None
+    """The agent, as `file.py:function`, relative to the recipe, or `package.module:function`. It is called with a task's fields and
+    finds the policy at `OPENAI_BASE_URL`; what it returns is the episode's answer."""
+    command: str | None = None
+    """An agent of any language instead, as `node agent.js`: started in the recipe's folder, without a shell. It gets the task as a
+    line of JSON on its standard input, and in the file that `LRL_TASK` names; it writes JSON lines, `{"answer": …}` and `{"reward": 0.5,
+    "name": "valid"}`; other lines are its log."""
+    learns: list[str] = ["*"]
+    """Globs for the name of the agent, of the graph's node, or of the model asked for: calls that fit one are trained on."""
+    routes: list[Route] = []
+    """Calls that another adapter or provider answers. They are recorded and never trained on."""
+    heartbeat_s: Annotated[float, Field(gt=0)] = 30.0
+    """Seconds without a sign of life from an episode's process, after which it is killed (stopped, or stuck in native code)."""
     timeout_s: Annotated[float, Field(gt=0)] = 300.0
     """Seconds after which an episode is ended with the outcome `timeout`."""
     concurrency: Count = 16
@@ -103,14 +136,44 @@ class Tasks(Section):
     """Keyword arguments of the function."""
 
 
+class Excess(Section):
+    """A reward for what goes beyond a limit."""
+
+    limit: Annotated[int, Field(ge=0)]
+    """What is still free."""
+    value: float
+    """The reward of each one beyond it."""
+
+
+class AutomaticRewards(Section):
+    """Intermediate rewards read from an episode's calls and tool spans. null gives none. Each is a reward of this name and value."""
+
+    tool_error: float | None = None
+    """At each tool call that failed."""
+    tool_success: float | None = None
+    """At each tool call that did not fail."""
+    valid_arguments: float | None = None
+    """At each tool call whose arguments fit the tool's schema, as the request gave it."""
+    invalid_arguments: float | None = None
+    """At each tool call whose arguments do not, or that names no tool."""
+    repeated_call: float | None = None
+    """At each tool call with the name and arguments of an earlier one."""
+    turns: Excess | None = None
+    """At each call of the policy beyond so many in the episode."""
+    tokens: Excess | None = None
+    """At each call, for every token that it sampled beyond so many in the episode."""
+
+
 class Rewards(Section):
     """How an episode is judged."""
 
-    function: FunctionName
-    """Called as `function(task, episode)` when an episode has ended; returns numbers by name, or a list of rewards."""
+    function: FunctionName | None = None
+    """Called as `function(task, episode)` when an episode has ended; returns numbers by name, or a list of rewards, at the episode,
+    at calls or at spans. null: the agent returns its reward, a number (named `return`) or numbers by name, or emits it."""
+    automatic: AutomaticRewards = AutomaticRewards()
     weights: dict[str, float] = {}
     """What each reward counts in the return, by its name; 0 only records it. If any weight is given, each reward's name
-    must have one. Without weights, every reward counts as it is."""
+    must have one; automatic rewards count as they are unless they are named. Without weights, every reward counts as it is."""
 
 
 class SamplingSection(Section):
@@ -246,11 +309,35 @@ class Wandb(Section):
     """`auto`: online if a key is configured, else offline. It never asks."""
 
 
+class Otlp(Section):
+    """Episodes as OpenTelemetry traces, sent by OTLP/HTTP when they have ended."""
+
+    endpoint: Annotated[str, Field(pattern=r"^https?://")]
+    """Base URL of the collector, as in OTEL_EXPORTER_OTLP_ENDPOINT: `/v1/traces` is appended."""
+    headers_env: str | None = None
+    """Environment variable with headers, as OTEL_EXPORTER_OTLP_HEADERS has them: `key=value,key=value`."""
+    content: bool = False
+    """Whether prompts, replies and tool results are sent, too."""
+
+
+class Recording(Section):
+    """What is stored of the agent's calls."""
+
+    redact: list[str] = []
+    """Regular expressions for secrets: what fits is taken out of every text before it is stored. A call whose tokens held one loses
+    these tokens, and is not trained on."""
+    store: str | None = None
+    """SQLAlchemy URL of a PostgreSQL database; null keeps episodes in the run's own SQLite file. The password may stand in an
+    environment variable: `postgresql://user:${NAME}@host/db`."""
+
+
 class Tracking(Section):
     """Where metrics go besides the run directory."""
 
     wandb: Wandb | None = None
     """null does not use W&B."""
+    otlp: Otlp | None = None
+    """null does not send traces."""
 
 
 class Recipe(Section):
@@ -271,6 +358,9 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     publish: Publish = Publish()
     server: Server = Server()
+    upstreams: dict[str, Upstream] = {}
+    """Providers that `agent.routes` may name."""
+    recording: Recording = Recording()
     tracking: Tracking = Tracking()
     runs_dir: Annotated[str, Field(min_length=1)] = "runs"
     """Folder of the run directories, relative to where `lrl` is started."""

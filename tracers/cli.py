@@ -1,9 +1,10 @@
-"""`lrl traces list|show`: what a run's agents did, read from its episode database."""
+"""`lrl traces`: what a run's agents did, read from its episode database. Actions beyond list and show have modules of their own."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,10 +22,12 @@ Look at recorded episodes. RUN is a run's directory, or an episode database.
   lrl traces show runs/calculator/latest                 the episode that started last
   lrl traces show runs/calculator/latest train.3.train-0007.2.0"""
 DATABASE = "episodes.db"
+ACTIONS: dict[str, tuple[str, str]] = {}
+"""Of further actions: the module, with `configure(parser)` and `run(options)`, cheap to import; and the help line."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", metavar="list|show", required=True)
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     listing = actions.add_parser("list", help="one line per episode", description="One line per episode.")
     listing.add_argument("run", metavar="RUN", type=Path, help="run directory or episode database")
     listing.add_argument("--phase", help="only this phase: train, eval-base, eval-final, …")
@@ -33,9 +36,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     showing = actions.add_parser("show", help="one episode in full", description="One episode in full.")
     showing.add_argument("run", metavar="RUN", type=Path, help="run directory or episode database")
     showing.add_argument("episode", metavar="EPISODE", nargs="?", help="its id; by default the one that started last")
+    for name, (module, help_line) in ACTIONS.items():
+        sub = actions.add_parser(
+            name, help=help_line, description=help_line, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        importlib.import_module(module).configure(sub)
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.action in ACTIONS:
+        module, _ = ACTIONS[options.action]
+        return int(importlib.import_module(module).run(options))
     from rich.console import Console
 
     from lightning_rl.store import Store

@@ -21,7 +21,7 @@ from typing import Any, TypeVar, overload
 
 from lightning_rl.episode import EpisodeStart, Outcome, Reward, Span, Task
 from lightning_rl.errors import LightningError
-from tracers.context import Event, Rollout, current_rollout, open_span, running
+from tracers.context import Event, Rollout, current_rollout, running
 from tracers.spans import span
 
 Agent = TypeVar("Agent", bound=Callable[..., Any])
@@ -72,7 +72,7 @@ def _episode(label: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Itera
     """The episode around one call; what it yields is given the answer and gives it back."""
     address = os.environ.get("LRL_STORE"), os.environ.get("LRL_SERVER")
     current = current_rollout()
-    if current is not None and (open_span.get() is not None or not current.exclusive):
+    if current is not None:
         with span(label, kind="agent"):
             yield lambda answer: answer
     elif all(address):
@@ -100,7 +100,7 @@ def _standalone(
         answers.append(_json(answer))
         return answer
 
-    with Store.open(store_path) as store, running(Rollout(episode_id, events.append, exclusive=True)):
+    with Store.open(store_path) as store, running(Rollout(episode_id, events.append, server_url)):
         task = Task(id=label, input={"args": _json(args), "kwargs": _json(kwargs)})
         store.begin(EpisodeStart(id=episode_id, task=task, phase=PHASE, started_at=time.time()))
         outcome, error = Outcome.COMPLETED, None

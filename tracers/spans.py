@@ -15,7 +15,7 @@ from typing import Any
 from lightning_rl.episode import Span
 from tracers.context import OpenSpan, current_rollout, new_span_id, open_span
 
-KINDS = ("agent", "chain", "tool")
+KINDS = ("agent", "chain", "tool", "handoff")
 
 
 @contextmanager
@@ -24,7 +24,8 @@ def span(name: str, kind: str = "chain", **attributes: Any) -> Iterator[OpenSpan
     if kind not in KINDS:
         raise ValueError(f"span kind must be one of {', '.join(KINDS)}, not {kind!r}")
     parent = open_span.get()
-    opened = OpenSpan(id=new_span_id(), is_root=parent is None)
+    agent = name if kind == "agent" else (parent.agent if parent else None)
+    opened = OpenSpan(id=new_span_id(), is_root=parent is None, agent=agent, began=time.perf_counter())
     rollout = current_rollout()
     if rollout is None:
         yield opened

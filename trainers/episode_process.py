@@ -160,7 +160,7 @@ def _run_agent(job: Job, emit: Callable[[Event], None]) -> Done:
     task = {"id": job.start.task.id} | job.start.task.input
     try:
         agent = load_function(Path(path), name)
-        with running(Rollout(job.start.id, emit)):
+        with running(Rollout(job.start.id, emit, job.server_url, process_wide=True)):
             if is_rollout(agent):
                 answer = _call(agent, task)
             else:

@@ -89,6 +89,8 @@ class Call(Struct, frozen=True, kw_only=True):
     length of the call that it extends, or of the prompt if that was asked before; None otherwise."""
     span_id: str | None = None
     """The span that made it: said by the request's headers, or by a `CallLink`; None if nobody knows."""
+    agent: str = ""
+    """The agent or node that made it, by the name that the request said (`x-lrl-agent`); "" if it said none."""
     response_id: str = ""
     """The id of the response that the client got; choices of one request share it."""
     upstream: str = ""
@@ -132,6 +134,9 @@ class Reward(Struct, frozen=True, kw_only=True):
     time: float = 0.0
     call_id: str | None = None
     span_id: str | None = None
+    source: str = ""
+    """Who gave it: "" the agent, which emitted it; `returned` the agent, as its answer; `function` the recipe's reward function;
+    `automatic` its rules; `unknown` in records from before this was known."""
 
 
 class CallLink(Struct, frozen=True, kw_only=True):

@@ -31,12 +31,24 @@ class StoreError(LightningError):
     """The episode store could not be opened, read or written."""
 
 
+class EpisodeEnded(StoreError):
+    """A call came for an episode that has its outcome."""
+
+
+class TraceFileError(LightningError):
+    """A trace file that cannot be written, or read as what it says it is."""
+
+
 class ServerError(LightningError):
     """The rollout server could not start, died, or refused a request of the trainer's."""
 
 
 class PublishError(LightningError):
     """Trainer and server disagree about the policy after a publish: checksum, version or log-probs."""
+
+
+class RewardError(LightningError):
+    """An episode cannot be rewarded as the recipe says."""
 
 
 class LedgerError(LightningError):

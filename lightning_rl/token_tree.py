@@ -95,7 +95,7 @@ def _sequences(calls: Sequence[Call], max_tokens: int | None) -> list[tuple[list
     return [((call.prompt_ids + call.sampled_ids)[:max_tokens], call.id, len(call.prompt_ids)) for call in calls]
 
 
-def common_prefix(one: list[int], other: list[int]) -> int:
+def common_prefix(one: Sequence[object], other: Sequence[object]) -> int:
     """Length of the longest common prefix, by bisection: comparing slices is much faster than a loop over tokens."""
     low, high = 0, min(len(one), len(other))
     while low < high:

@@ -6,6 +6,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from tests.postgres import postgres as postgres
+
 # In CI the same examples every time: what fails there fails for everybody. Elsewhere new ones are looked for.
 hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
@@ -30,3 +32,11 @@ def smollm2() -> Path:
     from rollout_server.models.catalog import resolve_model
 
     return resolve_model("smollm2-135m")
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def store_place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where an episode store can be made, once of each kind."""
+    if request.param == "sqlite":
+        return str(tmp_path / "episodes.db")
+    return request.getfixturevalue("postgres").url()

@@ -15,6 +15,8 @@ SPAN_HEADER = "x-lrl-span"
 """The id of the innermost span that is open where the request is made."""
 AGENT_HEADER = "x-lrl-agent"
 """Name of the agent (or graph node) that makes the request, percent-encoded UTF-8."""
+LONGEST_AGENT = 256
+"""Characters of an agent's name that travel with a request."""
 _KEY_MARK = "/e/"
 
 
@@ -35,7 +37,8 @@ def split_key(presented: str) -> tuple[str, str | None]:
 
 
 def encode_agent(name: str) -> str:
-    return quote(name, safe=" /@.:+-_")
+    """Any name as the value of a header; of a very long one the beginning."""
+    return quote(name[:LONGEST_AGENT], safe="/@.:+-_", errors="replace")
 
 
 def decode_agent(value: str) -> str:

@@ -8,7 +8,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,8 @@ from lightning_rl.errors import ServerError
 
 if TYPE_CHECKING:
     from rollout_server.api.front.limits import Limits
+    from rollout_server.api.model_names import AgentRoute
+    from rollout_server.api.upstreams.provider import Provider
     from rollout_server.launch import RolloutServer
 
 Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
@@ -43,7 +45,11 @@ def _configure_serve(parser: argparse.ArgumentParser) -> None:
         metavar="GLOB[=MODEL]",
         help="further model names that clients may use, of the policy or an adapter: 'gpt-*', 'gpt-*=math'; may repeat",
     )
-    add("--store", metavar="PATH", help="episode database: serve and record its episodes at /e/<episode>/v1")
+    add(
+        "--store",
+        metavar="STORE",
+        help="episode database, by file or URL: serve and record its episodes at /e/<episode>/v1",
+    )
     add("--api-key-env", metavar="NAME", help="environment variable that holds the key which clients must send")
     add(
         "--admin-key-env",
@@ -74,6 +80,29 @@ def _configure_serve(parser: argparse.ArgumentParser) -> None:
         type=_named_path,
         metavar="NAME=PATH",
         help="LoRA adapter that clients choose as model NAME; may repeat",
+    )
+    add(
+        "--upstream",
+        action="append",
+        default=[],
+        type=_upstream,
+        metavar="NAME=URL[,env=VAR][,model=M]",
+        help="provider that speaks the API, for --route: env names the variable that holds its key, model what it is asked for",
+    )
+    add(
+        "--route",
+        action="append",
+        default=[],
+        type=_route,
+        metavar="GLOB=NAME",
+        help="who answers agents or model names that fit: policy, an adapter or an upstream; the first that fits; may repeat",
+    )
+    add(
+        "--redact",
+        action="append",
+        default=[],
+        metavar="REGEX",
+        help="taken out of calls before they are stored, beside all keys; may repeat",
     )
     add("--tool-parser", metavar="NAME", help="how tool calls are read from replies (default: by the chat template)")
     add("--reasoning-parser", metavar="NAME", help="how reasoning is read from replies (default: by the chat template)")
@@ -108,7 +137,47 @@ def _named_path(text: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
+def _route(text: str) -> tuple[str, str]:
+    glob, _, name = text.rpartition("=")
+    if not (glob and name):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form GLOB=NAME")
+    return glob, name
+
+
+def _upstream(text: str) -> tuple[str, str, dict[str, str]]:
+    """Name, base URL, options."""
+    head, *options = text.split(",")
+    name, _, url = head.partition("=")
+    given = dict(option.partition("=")[::2] for option in options)
+    if not (
+        name and url.startswith(("http://", "https://")) and given.keys() <= {"env", "model"} and all(given.values())
+    ):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=URL[,env=VAR][,model=M]")
+    return name, url, given
+
+
+def answerers(
+    args: argparse.Namespace, model: str, adapters: Collection[str]
+) -> tuple[list[AgentRoute], dict[str, Provider]]:
+    """Raises ServerError for routes that lead nowhere, RecipeError for keys that are not there."""
+    from rollout_server.api.model_names import POLICY, AgentRoute
+    from rollout_server.api.upstreams.provider import Provider, key_from
+
+    upstreams: dict[str, Provider] = {}
+    for name, url, given in args.upstream:
+        if name in (POLICY, model, *adapters, *upstreams):
+            raise ServerError(f"--upstream {name}: something else has this name", hint="give it a NAME of its own")
+        key = key_from(os.environ, given["env"], f"--upstream {name}") if "env" in given else None
+        upstreams[name] = Provider(base_url=url, api_key=key, model=given.get("model"))
+    known = [POLICY, *adapters, *upstreams]
+    for glob, name in args.route:
+        if name not in known:
+            raise ServerError(f"--route {glob}={name}: there is no {name!r}", hint=f"there are {', '.join(known)}")
+    return [AgentRoute(match=glob, to=name) for glob, name in args.route], upstreams
+
+
 def _serve(args: argparse.Namespace) -> int:
+    from lightning_rl.redact import check_pattern
     from rollout_server.launch import RolloutServer
     from rollout_server.models.catalog import resolve_model
 
@@ -116,8 +185,11 @@ def _serve(args: argparse.Namespace) -> int:
     if len(adapters) < len(args.adapter):
         raise ServerError("two adapters have the same name", hint="give each --adapter a NAME of its own")
     key = _key_from(args.api_key_env)
+    for pattern in args.redact:
+        check_pattern(pattern)
     log_dir = args.log_dir or Path(tempfile.mkdtemp(prefix="lrl-serve-"))
     name = Path(args.model).resolve().name if Path(args.model).is_dir() else args.model
+    routes, upstreams = answerers(args, name, adapters)
     server = RolloutServer(
         resolve_model(args.model),
         name,
@@ -143,6 +215,9 @@ def _serve(args: argparse.Namespace) -> int:
         cors_origins=args.cors_origin,
         tool_parser=args.tool_parser,
         reasoning_parser=args.reasoning_parser,
+        routes=routes,
+        upstreams=upstreams,
+        redact=args.redact,
     )
     signal.signal(signal.SIGTERM, _interrupt)
     print(f"loading {name} ({args.dtype}); logs in {log_dir}", flush=True)

@@ -34,6 +34,8 @@ from rollout_server.private_directory import CONFIG, PrivateDirectory, remove_ab
 
 if TYPE_CHECKING:
     from rollout_server.api.front.limits import Limits
+    from rollout_server.api.model_names import AgentRoute
+    from rollout_server.api.upstreams.provider import Provider
 
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 6.0
@@ -47,8 +49,9 @@ class RolloutServer:
     """The engine's settings are `EngineConfig`'s; those of caches and batches are each replica's, `threads` is shared out.
 
     `port` 0 takes any free one; `aliases` are further model names, `GLOB` or `GLOB=MODEL`; `dp` is the number of replicas, on a
-    GPU of its own each where there are GPUs; `adapters` are LoRA adapters to begin with: directories by name. Without an
-    `admin_key` one is made up, for `admin()` alone. Limits, draining, origins and the parsers are `WebConfig`'s.
+    GPU of its own each where there are GPUs; `adapters` are LoRA adapters to begin with: directories by name. `routes` say which
+    agents one of them or of `upstreams` answers, `redact` and `known_keys` what is taken out of calls before they are stored.
+    Without an `admin_key` one is made up, for `admin()` alone. Limits, draining, origins and the parsers are `WebConfig`'s.
     """
 
     def __init__(
@@ -83,6 +86,10 @@ class RolloutServer:
         cors_origins: Sequence[str] = (),
         tool_parser: str | None = None,
         reasoning_parser: str | None = None,
+        routes: Sequence[AgentRoute] = (),
+        upstreams: Mapping[str, Provider] | None = None,
+        redact: Sequence[str] = (),
+        known_keys: Sequence[str] = (),
     ) -> None:
         if not _is_loopback(host) and api_key is None:
             raise ServerError(f"refusing to serve on {host} without an API key", hint="give a key, or use 127.0.0.1")
@@ -102,6 +109,10 @@ class RolloutServer:
             "cors_origins": list(cors_origins),
             "tool_parser": tool_parser,
             "reasoning_parser": reasoning_parser,
+            "routes": msgspec.to_builtins(list(routes)),
+            "upstreams": msgspec.to_builtins(dict(upstreams or {})),
+            "redact": list(redact),
+            "known_keys": [*known_keys, *([admin_key] if admin_key else [])],  # nobody but us knows one that is made up
         }
         if limits is not None:
             self._web_settings["limits"] = msgspec.to_builtins(limits)

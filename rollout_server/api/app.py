@@ -1,12 +1,14 @@
 """The web application: services, and an endpoint for every path of the table of routes.
 
-`/v1/…` serves anybody; `/e/<episode>/v1/…` serves an agent's episode and records it. With an API key set, both need it; the
+`/v1/…` serves anybody, and records the calls of an agent's episode where a request says whose it is: by its header, its key, or its
+path `/e/<episode>/v1/…`. With an API key set, both need it; the
 trainer's routes need the admin key always. `/health` is open and answers 200 only if the engine can serve.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,6 +20,7 @@ from starlette.responses import Response
 from starlette.routing import Route as WebRoute
 
 from lightning_rl.errors import ServerError
+from lightning_rl.redact import Redactor, environment_keys, store_passwords
 from lightning_rl.store import Store
 from rollout_server.api.config import WebConfig
 from rollout_server.api.dialects.response_store import ResponseStore
@@ -33,6 +36,7 @@ from rollout_server.api.front.patience import PatientRenderer
 from rollout_server.api.front.routes import ROUTES, Route, shown
 from rollout_server.api.front.text_size import TextSize
 from rollout_server.api.recorder import Recorder
+from rollout_server.api.redaction import Redaction
 from rollout_server.api.rendering.conversation import ConversationIndex
 from rollout_server.api.rendering.render import Renderer
 from rollout_server.api.replies.reasoning import REASONING_FORMATS, ReasoningFormat, detect_reasoning
@@ -60,6 +64,7 @@ def build_app(config: WebConfig) -> Starlette:
         yield
         services.engine.hang_up()
         await asyncio.gather(*services.tasks, return_exceptions=True)  # they still record what was sampled
+        await services.lines.close()
         services.engine.close()
         if services.recorder is not None:
             services.recorder.close()
@@ -84,7 +89,7 @@ def _services(config: WebConfig) -> Services:
         engine=engine,
         renderer=renderer,
         conversations=ConversationIndex(renderer),
-        recorder=Recorder(Store.open(config.store)) if config.store is not None else None,
+        recorder=Recorder(Store.open(config.store), _redaction(config, renderer)) if config.store is not None else None,
         tool_format=_tool_format(config, renderer),
         reasoning=_reasoning(config, renderer),
         grammars=Grammars(Path(config.model_dir), config.vocab_size()),
@@ -93,6 +98,14 @@ def _services(config: WebConfig) -> Services:
         metrics=Metrics(config.served_name, admission, engine.stats),
         text_size=TextSize(renderer.tokenizer, config.context_limit()),
     )
+
+
+def _redaction(config: WebConfig, renderer: Renderer) -> Redaction:
+    """Of what the recipe says, and of every key that this process knows."""
+    keys = [config.api_key, *(provider.api_key for provider in config.upstreams.values())]
+    passwords = store_passwords(config.store, os.environ)
+    redactor = Redactor(config.redact, [*keys, *config.known_keys, *passwords, *environment_keys(os.environ)])
+    return Redaction(redactor, renderer.tokenizer, min(renderer.stop_ids, default=0))
 
 
 def _tool_format(config: WebConfig, renderer: Renderer) -> ToolFormat:
@@ -124,11 +137,16 @@ def _web_routes(house: House, routes: Iterable[Route]) -> list[WebRoute]:
     """One endpoint for every path, whatever its methods."""
     handlers: dict[str, dict[str, tuple[Access, Handler]]] = {}
     shapes: dict[str, Shape] = {}
+    recorded: set[str] = set()
     for route in routes:
         for path in [route.path, *([f"/e/{{episode}}{route.path}"] if route.recorded else [])]:
             handlers.setdefault(path, {})[route.method] = (route.access, route.handler)
             shapes[path] = route.shape
+            if route.recorded:
+                recorded.add(path)
     return [
-        WebRoute(path, Endpoint(house, shown(path), handlers[path], shapes[path]), include_in_schema=False)
+        WebRoute(
+            path, Endpoint(house, shown(path), handlers[path], shapes[path], path in recorded), include_in_schema=False
+        )
         for path in handlers
     ]

@@ -10,6 +10,8 @@ import msgspec
 from msgspec import Struct
 
 from rollout_server.api.front.limits import Limits
+from rollout_server.api.model_names import AgentRoute
+from rollout_server.api.upstreams.provider import Provider
 
 
 class WebConfig(Struct, frozen=True, kw_only=True):
@@ -29,6 +31,14 @@ class WebConfig(Struct, frozen=True, kw_only=True):
     """None lets everybody in."""
     aliases: list[str] = []
     """Other model names that clients may use, as `model_names.adapter_of` takes them: `GLOB` or `GLOB=MODEL`."""
+    routes: list[AgentRoute] = []
+    """Who answers which agents; the first that fits counts."""
+    upstreams: dict[str, Provider] = {}
+    """What routes may lead to, beside the policy and its adapters."""
+    redact: list[str] = []
+    """Regular expressions for what is taken out of calls before they are stored, beside all keys that are known here."""
+    known_keys: list[str] = []
+    """Others' keys, to be taken out as well."""
     store: str | None = None
     """Path or URL of the episode store; None serves no episodes."""
     limits: Limits = Limits()

@@ -2,7 +2,8 @@
 
 The choices of one prompt are one request to the engine; each is read in a task of its own. It is durable in the store
 before its end is handed on; when the client goes away its tasks are cancelled, the engine forgets them, and what they
-sampled is recorded with finish reason `abort`.
+sampled is recorded with finish reason `abort`. A request that repeats one goes the same way, with what is recorded in the
+engine's place: it asks the engine for nothing, and records nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import asyncio
 import contextlib
 import json
 import time
-import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -22,11 +22,13 @@ from lightning_rl.episode import Call, Sampling, Span
 from rollout_server.api.choice import Choice, Piece
 from rollout_server.api.engine.engine_client import Generation, Stream
 from rollout_server.api.engine.replicas import Replicas
+from rollout_server.api.front.joining import agent_of
 from rollout_server.api.front.metrics import Clock
 from rollout_server.api.front.visit import visit
 from rollout_server.api.recorder import EpisodeLog
 from rollout_server.api.rendering.conversation import Prompt
 from rollout_server.api.replies.reply import Reader
+from rollout_server.api.retries import Answered, Naming, Replayed, Sending
 from rollout_server.api.sampling import prompt_seeds, sampling_params
 from rollout_server.api.services import Services
 from rollout_server.api.turn import Message, SamplingOptions
@@ -88,11 +90,24 @@ class Sampled:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """A request, new or sent again, as its episode knows it."""
+
+    exchange_id: str
+    naming: Naming
+    log: EpisodeLog | None = None
+    """None: it belongs to no episode."""
+    sending: Sending | None = None
+    replay: Answered | None = None
+    """What it was answered before."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """One choice of a request, and the call that it will be recorded as."""
 
     index: int
-    sampled: Sampled
+    sampled: Sampled | Replayed
     number: int
     """Which of its prompt's choices it is."""
     call_id: str
@@ -112,7 +127,7 @@ class Exchange:
         self,
         services: Services,
         http: Request,
-        log: EpisodeLog | None,
+        asked: Asked,
         model: str,
         sampling: SamplingOptions,
         body: Mapping[str, Any],
@@ -122,15 +137,23 @@ class Exchange:
         self.services = services
         self.http = http
         self.sampling = sampling
-        self.adapter = services.adapter(model)
-        self._log = log
+        self.replay = asked.replay
+        self.adapter = self._adapter_then() if self.replay else services.answering(http, model)
+        self._asked = asked
+        self._log = asked.log
         self._body = dict(body)
         self._respond = respond
         self._spans: list[Span] = []
-        self._started_at = time.time()
-        self.id = uuid.uuid4().hex
+        self._started_at = self.replay.calls[0].started_at if self.replay else time.time()
+        self.id = asked.exchange_id
         self.plans: list[Plan] = []
         self._tasks: list[asyncio.Task[None]] = []
+        self._writes: list[asyncio.Task[None]] = []
+
+    @property
+    def response_id(self) -> str:
+        """Of the first choice; in most dialects that of all."""
+        return self._asked.naming(self.id, 0)
 
     @property
     def created(self) -> int:
@@ -145,6 +168,12 @@ class Exchange:
     def scope(self) -> str:
         """Whose conversations the next prompt may extend: those of the episode, or of this key and address, with this model."""
         return _scope(visit(self.http).flow, self.adapter)
+
+    def _adapter_then(self) -> str:
+        """The adapter that has answered; it may have been unloaded since."""
+        assert self.replay is not None
+        model = self.replay.calls[0].model
+        return "" if model == self.services.config.served_name else model
 
     def withdraw_unless_sampled(self, prompts: list[Prompt]) -> None:
         """From now on: whatever ends the request, prompts for which nothing was sampled were not asked."""
@@ -168,11 +197,16 @@ class Exchange:
         visit(self.http).at_end.callback(end)
 
     def note_tool_results(self, messages: list[Message]) -> None:
-        if self._log is not None:
-            self._spans = self._log.answered_tools(messages, self._started_at)
+        if self._log is not None and self.replay is None:
+            self._spans = self._log.answered_tools(messages, self._started_at, visit(self.http).span_id)
 
     def admit(self, prompts: list[Prompt], reading: Reading = Reading(), *, prompt_param: str = "messages") -> None:
         """Plan `n` choices for each prompt. Raises ApiError if a prompt is too long; `prompt_param` is the field it is in."""
+        if self.replay is not None:
+            self._admit_again(self.replay, reading)
+            return
+        if self._log is not None:
+            self._log.check_open()
         imposed = self._log.sampling if self._log else Sampling()
         first = self._log.next_index if self._log else 0
         wanted = self.sampling
@@ -201,14 +235,33 @@ class Exchange:
             )
             made.append(sampled)
             for number in range(wanted.n):
-                index = len(self.plans)
-                until_call = reading.until_call() if reading.until_call is not None else None
-                choice = Choice(prompt.ids, params, wanted.stops, reading.shown, until_call)
-                seen = prompt if number == 0 else prompt.sibling()
-                self.plans.append(Plan(index, sampled, number, f"{self.id}-{index}", first + index, seen, choice))
+                self._plan(sampled, number, first, prompt if number == 0 else prompt.sibling(), params, reading)
         self._enter(made)
         if self._log is not None:
             self._log.reserve(len(self.plans))
+
+    def _admit_again(self, replay: Answered, reading: Reading) -> None:
+        n = self.sampling.n
+        for at, call in enumerate(replay.calls):
+            number = at % n
+            told = Replayed(replay.calls[at - number : at - number + n], visit(self.http).flow, self.adapter)
+            self._plan(told, number, call.index - at, Prompt(call.prompt_ids), SamplingParams(), reading)
+        self.services.metrics.replays += 1
+
+    def _plan(
+        self,
+        sampled: Sampled | Replayed,
+        number: int,
+        first: int,
+        prompt: Prompt,
+        params: SamplingParams,
+        reading: Reading,
+    ) -> None:
+        """`first` is the episode's index of the request's first call."""
+        index = len(self.plans)
+        until_call = reading.until_call() if reading.until_call is not None else None
+        choice = Choice(prompt.ids, params, self.sampling.stops, reading.shown, until_call)
+        self.plans.append(Plan(index, sampled, number, f"{self.id}-{index}", first + index, prompt, choice))
 
     def _enter(self, made: list[Sampled]) -> None:
         """Raises ApiError 429 or 503 when there is no room for them."""
@@ -221,7 +274,7 @@ class Exchange:
 
     def admit_ids(self, prompts: list[list[int]], reading: Reading, *, prompt_param: str) -> None:
         """The same for prompts that the client gives as they are; `remember_ids` is their `respond`."""
-        if self._log is None:
+        if self._log is None or self.replay is not None:
             self.admit([Prompt(ids) for ids in prompts], reading, prompt_param=prompt_param)
             return
         conversations = self.services.conversations
@@ -242,6 +295,9 @@ class Exchange:
                 queue.put_nowait((plan, None))
 
         tasks = self._tasks = [self.services.spawn(conduct(plan)) for plan in self.plans]
+        if self._asked.sending is not None:
+            self._asked.sending.conducted = True
+            self.services.spawn(self._follow(self._asked.sending))
         unfinished = len(tasks)
         try:
             while unfinished:
@@ -259,11 +315,30 @@ class Exchange:
         try:
             await plan.choice.run(plan.sampled.stream(plan.number), self.services.renderer.tokenizer, on_piece)
         finally:  # also when cancelled: what was sampled is recorded
-            reply = self._respond(plan)
-            if self._log is not None and self.services.recorder is not None:
-                spans, self._spans = self._spans, []
-                written = self.services.recorder.record(self._log, self._call(plan, self._log.id, reply), spans)
-                await asyncio.shield(self.services.spawn(written))  # a client that leaves must not undo it
+            if self.replay is not None:
+                self._reply_again(self.replay, plan)
+            else:
+                reply = self._respond(plan)
+                if self._log is not None and self.services.recorder is not None:
+                    spans, self._spans = self._spans, []
+                    written = self.services.recorder.record(self._log, self._call(plan, self._log.id, reply), spans)
+                    self._writes.append(self.services.spawn(written))
+                    await asyncio.shield(self._writes[-1])  # a client that leaves must not undo it
+
+    def _reply_again(self, replay: Answered, plan: Plan) -> None:
+        """What this process knows of the answer is as if it had given it."""
+        if not replay.known and self._log is not None and plan.choice.finish_reason != "abort":
+            self._respond(plan)
+            self._log.expect_tools(replay.calls[plan.index])
+
+    async def _follow(self, sending: Sending) -> None:
+        """Say how it ended, when nothing of it is to come any more."""
+        await asyncio.wait(self._tasks)
+        if self._writes:
+            await asyncio.wait(self._writes)
+        ended = [plan.choice.finish_reason in ("stop", "length") for plan in self.plans]
+        kept = [not write.cancelled() and write.exception() is None for write in self._writes]
+        sending.end(whole=len(kept) == len(ended) and all(ended + kept))
 
     def _call(self, plan: Plan, episode_id: str, reply: Message) -> Call:
         choice, prompt = plan.choice, plan.prompt
@@ -284,6 +359,9 @@ class Exchange:
             cached_tokens=choice.cached_tokens,
             request=self._body,
             response=reply,
+            span_id=visit(self.http).span_id,
+            agent=agent_of(self.http),
+            response_id=self._asked.naming(self.id, plan.index),
             started_at=self._started_at,
             ended_at=time.time(),
         )

@@ -1,14 +1,43 @@
-"""What clients mean by a model's name: the policy, an adapter, or an alias of either. Pure."""
+"""What clients mean by a model's name: the policy, an adapter, or an alias of either; and what answers them in its place. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 
+from msgspec import Struct
+
+from lightning_rl.agents import Caller, fits
 from rollout_server.api.errors import ApiError
 
 POLICY = "policy"
-"""What an alias may call the policy, whatever name it is served under."""
+"""What an alias or a route may call the policy, whatever name it is served under."""
+
+
+class AgentRoute(Struct, frozen=True, kw_only=True):
+    """Who answers some of the requests, whatever model they name."""
+
+    match: str
+    """Glob for the name of the agent, or of the model that is asked for."""
+    to: str
+    """`policy`, or the name of an adapter or an upstream."""
+
+
+def route_of(routes: Sequence[AgentRoute], agent: str | None, model: str) -> str | None:
+    """Where the first route leads that fits; None if none does."""
+    if not routes:
+        return None
+    caller = Caller(agent=agent, model=model)
+    return next((route.to for route in routes if fits([route.match], caller)), None)
+
+
+def routed_adapter(to: str, adapters: Collection[str]) -> str:
+    """The adapter that a route names; "" is the policy. Raises ApiError 404 for an adapter that is not loaded."""
+    if to == POLICY:
+        return ""
+    if to not in adapters:
+        raise _unknown(f"a route leads this request to the adapter {to!r}, which is not loaded")
+    return to
 
 
 def adapter_of(name: str, served_name: str, aliases: Sequence[str], adapters: Collection[str]) -> str:

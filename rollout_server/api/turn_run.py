@@ -1,6 +1,6 @@
 """One turn on its way through the server, for every dialect that speaks in messages: rendered, constrained, sampled, read.
 
-    run = await begin(services, http, episode_id, turn, body)
+    run = await begin(services, http, episode_id, turn, body, prefixed("chatcmpl-"))
     finished = await run.whole()                   # or, streamed:
     async for step in run.steps(): ...
 
@@ -19,14 +19,16 @@ from typing import Any
 
 from starlette.requests import Request
 
+from rollout_server.api.asking import ask
 from rollout_server.api.choice import Choice, Piece
 from rollout_server.api.errors import ApiError
-from rollout_server.api.exchange import Exchange, Plan, Reading, finish_reason, unless_gone
-from rollout_server.api.recorder import EpisodeLog
+from rollout_server.api.exchange import Asked, Exchange, Plan, Reading, finish_reason, unless_gone
+from rollout_server.api.rendering.conversation import Prompt
 from rollout_server.api.rendering.render import RenderError
 from rollout_server.api.replies.grammars import constraint_grammar, require_servable, turn_grammar, unservable
 from rollout_server.api.replies.reasoning import ReasoningCount, ReasoningFormat, ReasoningReader
 from rollout_server.api.replies.reply import PlainReader, Reader, Reply, ReplyEvent, gather
+from rollout_server.api.retries import Naming
 from rollout_server.api.services import Services
 from rollout_server.api.turn import Constraint, Message, Turn
 from rollout_server.manager.masking import GrammarError
@@ -71,30 +73,38 @@ class Step:
 
 
 class TurnRun:
-    def __init__(
-        self, services: Services, http: Request, log: EpisodeLog | None, turn: Turn, body: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, services: Services, http: Request, asked: Asked, turn: Turn, body: Mapping[str, Any]) -> None:
         """Raises ApiError when the model is not served here, or the template refuses the messages."""
         self._services, self._http, self._turn = services, http, turn
-        self._exchange = Exchange(services, http, log, turn.model, turn.sampling, body, self._record)
-        try:
-            self._prompt = services.conversations.prompt(
-                self._exchange.scope,
-                turn.messages,
-                turn.tools,
-                turn.template_options,
-                turn.continues,
-                one_agent=log is not None,
-            )
-        except RenderError as error:
-            raise ApiError(400, str(error), param="messages", code="invalid_messages") from error
-        self._exchange.withdraw_unless_sampled([self._prompt])
+        self._exchange = Exchange(services, http, asked, turn.model, turn.sampling, body, self._record)
+        self._prompt = self._claimed(asked) if asked.replay is None else Prompt(asked.replay.calls[0].prompt_ids)
         self._told: dict[int, list[ReplyEvent]] = {}
         reasoning, ends_with = services.reasoning, services.renderer.ends_with
         self._opened = reasoning is not None and self._begins_inside(reasoning)
         self._shown = services.shown_ids(tools=turn.reads_tools)
         self._reasoning_counts: dict[int, ReasoningCount] = {}
         self._reasons = reasoning is not None and not ends_with(self._prompt.ids, reasoning.close)
+
+    def _claimed(self, asked: Asked) -> Prompt:
+        turn, exchange = self._turn, self._exchange
+        try:
+            prompt = self._services.conversations.prompt(
+                exchange.scope,
+                turn.messages,
+                turn.tools,
+                turn.template_options,
+                turn.continues,
+                one_agent=asked.log is not None,
+            )
+        except RenderError as error:
+            raise ApiError(400, str(error), param="messages", code="invalid_messages") from error
+        exchange.withdraw_unless_sampled([prompt])
+        return prompt
+
+    @property
+    def response_id(self) -> str:
+        """As the client gets it."""
+        return self._exchange.response_id
 
     @property
     def id(self) -> str:
@@ -117,23 +127,27 @@ class TurnRun:
 
     async def admit(self) -> None:
         """Raises ApiError when the turn cannot be sampled: its prompt is too long, its grammar cannot be served."""
-        turn, services, form = self._turn, self._services, self._services.tool_format
+        turn = self._turn
+        reading = Reading(
+            grammar=await self._grammar() if self._exchange.replay is None else "",
+            until_call=self._reader if self._one_call_only and self._services.tool_format.closes else None,
+            shown=self._shown,
+        )
+        self._exchange.admit([self._prompt], reading)
+        self._exchange.note_tool_results(turn.messages)
+
+    async def _grammar(self) -> str:
+        turn, services = self._turn, self._services
         grammar = turn_grammar(
             turn,
-            form,
+            services.tool_format,
             services.reasoning if self._reasons else None,
             reasoning_opened=self._opened,
             special_ids=services.special_ids,
         )
         if grammar is not None:
             await unless_gone(self._http, require_servable(turn, grammar, partial(compiled, services)))
-        reading = Reading(
-            grammar=grammar or "",
-            until_call=self._reader if self._one_call_only and form.closes else None,
-            shown=self._shown,
-        )
-        self._exchange.admit([self._prompt], reading)
-        self._exchange.note_tool_results(turn.messages)
+        return grammar or ""
 
     async def whole(self) -> list[Finished]:
         """All choices, in order. Raises ClientGone if the client leaves first."""
@@ -268,12 +282,12 @@ async def compiled(services: Services, grammar: str) -> None:
 
 
 async def begin(
-    services: Services, http: Request, episode_id: str | None, turn: Turn, body: Mapping[str, Any]
+    services: Services, http: Request, episode_id: str | None, turn: Turn, body: Mapping[str, Any], naming: Naming
 ) -> TurnRun:
-    """Raises ApiError for whatever keeps the turn from being sampled."""
+    """`naming` is how the dialect names its responses. Raises ApiError for whatever keeps the turn from being sampled."""
     await services.text_size.check_parts(http, [turn.messages, turn.tools, dict(turn.template_options)], "messages")
     services.text_size.check_messages(len(turn.messages))
-    log = await services.episode(episode_id)
-    run = await services.renderer.patiently(lambda: TurnRun(services, http, log, turn, body))
+    asked = await ask(services, http, episode_id, body, naming, turn.sampling)
+    run = await services.renderer.patiently(lambda: TurnRun(services, http, asked, turn, body))
     await run.admit()
     return run

@@ -26,7 +26,9 @@ PIECE = Piece("a", [7], [-0.5], [], [1])
 STEP = Step(0, ["a"], PIECE, None)
 PLAN: Any = SimpleNamespace(index=0, call_id="c", choice=Choice([1], SamplingParams()))
 SERVICES: Any = SimpleNamespace(renderer=SimpleNamespace(tokenizer=None))
-RUN: Any = SimpleNamespace(id="r", created=0, model="m", prompt_ids=[1], usage=lambda: Usage(1, 1, 0, 0))
+RUN: Any = SimpleNamespace(
+    id="r", response_id="r", created=0, model="m", prompt_ids=[1], usage=lambda: Usage(1, 1, 0, 0)
+)
 Chunks = AsyncGenerator[Any, None]
 
 
@@ -35,13 +37,13 @@ def chat_chunks(rest: Chunks) -> Chunks:
 
 
 def completion_chunks(rest: Chunks) -> Chunks:
-    exchange: Any = SimpleNamespace(id="r", created=0, model="m", plans=[PLAN], services=SERVICES)
+    exchange: Any = SimpleNamespace(response_id="r", created=0, model="m", plans=[PLAN], services=SERVICES)
     writer = completions._Writer(exchange, parse_completion({"model": "m", "prompt": "hi"}), [[1]], [])
     return writer.chunks((PLAN, PIECE), rest)
 
 
 def generate_chunks(rest: Chunks) -> Chunks:
-    exchange: Any = SimpleNamespace()
+    exchange: Any = SimpleNamespace(id="r")
     return generate._chunks(parse(GenerateRequest, {"input_ids": [1]}), exchange, (PLAN, PIECE), rest)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from rollout_server.api.asking import prefixed
 from rollout_server.api.choice import Piece, version_spans
 from rollout_server.api.dialects.chat_request import ChatRequest, parse_chat
 from rollout_server.api.exchange import unless_gone
@@ -22,7 +23,7 @@ from rollout_server.api.turn_run import Finished, Step, TurnRun, Usage, begin
 async def chat_completions(services: Services, http: Request, episode_id: str | None) -> Response:
     body = await json_body(http)
     request = parse_chat(body)
-    run = await begin(services, http, episode_id, request.turn(), body)
+    run = await begin(services, http, episode_id, request.turn(), body, prefixed("chatcmpl-"))
     writer = _Writer(services, request, run)
     if request.stream:
         steps = run.steps()
@@ -85,7 +86,7 @@ class _Writer:
 
     def _head(self, kind: str) -> dict[str, Any]:
         run = self._run
-        return {"id": f"chatcmpl-{run.id}", "object": kind, "created": run.created, "model": run.model}
+        return {"id": run.response_id, "object": kind, "created": run.created, "model": run.model}
 
     def _choice(self, finished: Finished) -> dict[str, Any]:
         choice, request = finished.choice, self._request

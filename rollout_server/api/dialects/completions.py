@@ -17,6 +17,7 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
+from rollout_server.api.asking import ask, prefixed
 from rollout_server.api.choice import Piece, version_spans
 from rollout_server.api.dialects.chat import openai_usage
 from rollout_server.api.dialects.chat_request import ResponseFormat, StructuredOutputs, response_constraint
@@ -77,9 +78,10 @@ async def completions(services: Services, http: Request, episode_id: str | None)
     body = await json_body(http)
     request = parse_completion(body)
     prompts = await encoded(services, request.prompts(), request.add_special_tokens)
-    log = await services.episode(episode_id)
+    options = request.options()
+    asked = await ask(services, http, episode_id, body, prefixed("cmpl-"), options, len(prompts))
     exchange = Exchange(
-        services, http, log, request.model, request.options(), body, partial(remember_ids, services, episode_id)
+        services, http, asked, request.model, options, body, partial(remember_ids, services, episode_id)
     )
     constraint = response_constraint(request.response_format, request.structured_outputs)
     param = "response_format" if request.structured_outputs is None else "structured_outputs"
@@ -222,7 +224,7 @@ class _Writer:
     def _head(self) -> dict[str, Any]:
         exchange = self._exchange
         return {
-            "id": f"cmpl-{exchange.id}",
+            "id": exchange.response_id,
             "object": "text_completion",
             "created": exchange.created,
             "model": exchange.model,

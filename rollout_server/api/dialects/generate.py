@@ -16,6 +16,7 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
+from rollout_server.api.asking import ask
 from rollout_server.api.choice import Piece, version_spans
 from rollout_server.api.dialects.completions import NOTHING, encoded
 from rollout_server.api.dialects.fields import (
@@ -99,14 +100,15 @@ class GenerateRequest(Strict):
             priority=self.priority,
         )
 
-    def name_of(self, plan: Plan) -> str:
+    def name_of(self, exchange_id: str, index: int) -> str:
+        """Of the answer with choice `index`."""
         match self.rid:
             case None:
-                return plan.call_id
+                return f"{exchange_id}-{index}"
             case str():
                 return self.rid
             case _:
-                return self.rid[plan.index // self.sampling_params.n]
+                return self.rid[index // self.sampling_params.n]
 
     def constraint(self) -> Constraint | None:
         params = self.sampling_params
@@ -129,11 +131,10 @@ async def generate(services: Services, http: Request, episode_id: str | None) ->
     body = await json_body(http)
     request = parse(GenerateRequest, body)
     prompts, many = request.prompts()
-    log = await services.episode(episode_id)
+    options = request.options()
+    asked = await ask(services, http, episode_id, body, request.name_of, options, len(prompts))
     model = request.lora_path or request.model or services.config.served_name
-    exchange = Exchange(
-        services, http, log, model, request.options(), body, partial(remember_ids, services, episode_id)
-    )
+    exchange = Exchange(services, http, asked, model, options, body, partial(remember_ids, services, episode_id))
     reading = await unless_gone(http, constraint_reading(services, request.constraint(), "sampling_params"))
     ids = await encoded(services, prompts, add_special_tokens=True)
     exchange.admit_ids(ids, reading, prompt_param="input_ids")
@@ -162,7 +163,7 @@ def _chunk(request: GenerateRequest, exchange: Exchange, plan: Plan, piece: Piec
 def _entry(request: GenerateRequest, exchange: Exchange, plan: Plan, piece: Piece, *, ended: bool) -> dict[str, Any]:
     choice = plan.choice
     meta: dict[str, Any] = {
-        "id": request.name_of(plan),
+        "id": request.name_of(exchange.id, plan.index),
         "finish_reason": _finish(plan) if ended else None,
         "prompt_tokens": len(choice.prompt_ids),
         "completion_tokens": len(choice.ids),

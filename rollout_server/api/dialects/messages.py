@@ -9,6 +9,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from rollout_server.api.asking import prefixed
 from rollout_server.api.dialects.fields import renamed
 from rollout_server.api.dialects.messages_request import MessagesRequest, parse_count, parse_messages
 from rollout_server.api.dialects.messages_stream import (
@@ -36,7 +37,7 @@ async def create_message(services: Services, http: Request, episode_id: str | No
     body = await json_body(http)
     request = parse_messages(body)
     try:
-        run = await begin(services, http, episode_id, request.turn(), body)
+        run = await begin(services, http, episode_id, request.turn(), body, prefixed("msg_"))
     except ApiError as error:
         raise renamed(error, _NAMES_HERE) from error
     if not request.stream:
@@ -50,7 +51,7 @@ async def create_message(services: Services, http: Request, episode_id: str | No
 async def count_tokens(services: Services, http: Request, episode_id: str | None) -> Response:
     """Of the conversation rendered whole."""
     request = parse_count(await json_body(http))
-    services.adapter(request.model)
+    services.answering(http, request.model)
     await services.text_size.check_parts(http, request.model_dump(), "messages")
     messages = request.conversation()
     request.continues(messages)
@@ -84,7 +85,7 @@ def _told(request: MessagesRequest, run: TurnRun) -> dict[str, Any]:
 def _message(run: TurnRun) -> dict[str, Any]:
     """While nothing is said yet."""
     return {
-        "id": f"msg_{run.id}",
+        "id": run.response_id,
         "type": "message",
         "role": "assistant",
         "model": run.model,

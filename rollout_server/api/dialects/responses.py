@@ -13,6 +13,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from rollout_server.api.asking import prefixed
 from rollout_server.api.choice import Piece, version_spans
 from rollout_server.api.dialects.fields import renamed
 from rollout_server.api.dialects.response_items import Item, output_items
@@ -40,7 +41,7 @@ async def create_response(services: Services, http: Request, episode_id: str | N
     scope = episode_id or ""
     turn = request.turn(_earlier(services, scope, request.previous_response_id))
     try:
-        run = await begin(services, http, episode_id, turn, body)
+        run = await begin(services, http, episode_id, turn, body, prefixed("resp_"))
     except ApiError as error:
         raise renamed(error, _NAMES_HERE) from error
     messages = turn.messages if request.instructions is None else turn.messages[1:]
@@ -151,7 +152,7 @@ def _head(request: ResponsesRequest, run: TurnRun) -> dict[str, Any]:
     """The response while nothing is said yet."""
     reasoning = request.reasoning
     return {
-        "id": f"resp_{run.id}",
+        "id": run.response_id,
         "object": "response",
         "created_at": run.created,
         "status": "in_progress",

@@ -1,6 +1,7 @@
 """Who may call: keys, and web pages.
 
-A key comes as a bearer token or, as Anthropic's clients send it, as `x-api-key`. Digests are compared in constant time, so that
+A key comes as a bearer token or, as Anthropic's clients send it, as `x-api-key`; a client's key may say behind its end whose calls
+are made with it (`KEY/e/EPISODE`). Digests are compared in constant time, so that
 neither content nor length shows in how long a refusal takes; keys are in no error and in no log. A request that names an
 `Origin` comes from a web page: it is refused unless the origin is configured, whatever its key. Otherwise any page that a user of
 this machine opens could call a server on its loopback.
@@ -16,6 +17,7 @@ from typing import Literal
 
 from starlette.requests import Request
 
+from lightning_rl.join import split_key
 from rollout_server.api.errors import ApiError
 
 Access = Literal["open", "client", "admin"]
@@ -41,8 +43,19 @@ class Keys:
         if expected is None:
             return
         given = presented(http)
-        if given is None or not hmac.compare_digest(_digest(given), expected):
-            raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+        if given is not None:
+            whole = hmac.compare_digest(_digest(given), expected)
+            before = hmac.compare_digest(_digest(_split(given)[0]), expected)
+            if whole or (before and access == "client"):
+                return
+        raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+
+    def episode(self, http: Request) -> str | None:
+        """The episode that the key says; a key that ends so by itself says none."""
+        given, own = presented(http), self._digests["client"]
+        if given is None or (own is not None and hmac.compare_digest(_digest(given), own)):
+            return None
+        return _split(given)[1]
 
 
 def presented(http: Request) -> bytes | None:
@@ -96,6 +109,11 @@ class Origins:
             "access-control-allow-headers": http.headers.get("access-control-request-headers", "*"),
             "access-control-max-age": str(CORS_AGE_S),
         }
+
+
+def _split(given: bytes) -> tuple[bytes, str | None]:
+    key, episode_id = split_key(given.decode("latin-1"))
+    return key.encode("latin-1"), episode_id
 
 
 def _digest(key: bytes) -> bytes:

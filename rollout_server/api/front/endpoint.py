@@ -1,8 +1,8 @@
 """One request's way through the server, whatever its route: let in, bounded, answered, counted.
 
-In this order: origin and key; a body no longer than allowed; the handler; every error in the shape of the route's dialect. All of
-it within the time that a request may take. Whatever the handler took on for the request is given back when its answer is sent
-or its client is gone.
+In this order: origin and key; whose it is; a body no longer than allowed; the handler; every error in the shape of the route's
+dialect. All of it within the time that a request may take. Whatever the handler took on for the request is given back when its
+answer is sent or its client is gone.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from starlette.types import Message, Receive, Scope, Send
 from rollout_server.api.errors import ApiError
 from rollout_server.api.exchange import ClientGone
 from rollout_server.api.front.access import Access, Keys, Origins, flow_of
+from rollout_server.api.front.joining import episode_of, span_of
 from rollout_server.api.front.limits import RETRY_AFTER_S, Limits
 from rollout_server.api.front.metrics import Metrics
 from rollout_server.api.front.visit import Visit, leave_with
@@ -102,6 +103,8 @@ class Endpoint:
     """The path as metrics show it."""
     handlers: Mapping[str, tuple[Access, Handler]]
     shape: Shape = ApiError.body
+    recorded: bool = False
+    """Whether its requests may belong to an episode."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
@@ -109,13 +112,11 @@ class Endpoint:
         metrics.in_flight += 1
         with ExitStack() as at_end:
             http = Request(scope, self.house.bodies.reader(scope, receive, at_end), send)
-            episode_id = scope.get("path_params", {}).get("episode")
-            leave_with(http, Visit(flow_of(http, episode_id), started, at_end))
             answer = _Answer(send, self.house.origins.headers(http))
             try:
                 try:
                     async with asyncio.timeout(self._time(http)) as limit:
-                        response = await self._response(http, episode_id)
+                        response = await self._response(http, started, at_end)
                         answer.stream = response if isinstance(response, EventStream) else None
                         await response(scope, http.receive, answer.send)
                 except TimeoutError as error:
@@ -140,7 +141,7 @@ class Endpoint:
     def _handler(self, http: Request) -> tuple[Access, Handler] | tuple[None, None]:
         return self.handlers.get("GET" if http.method == "HEAD" else http.method, (None, None))
 
-    async def _response(self, http: Request, episode_id: str | None) -> Response:
+    async def _response(self, http: Request, started: float, at_end: ExitStack) -> Response:
         house = self.house
         if http.method == "OPTIONS" and "access-control-request-method" in http.headers:
             return Response(status_code=204, headers=house.origins.preflight(http))
@@ -149,6 +150,9 @@ class Endpoint:
         if access is None or handler is None:
             raise ApiError(405, f"{http.method} is not a method of this path", code="method_not_allowed")
         house.keys.check(http, access)
+        episode_id = episode_of(http, house.keys) if self.recorded else None
+        span_id = span_of(http) if episode_id is not None else None
+        leave_with(http, Visit(flow_of(http, episode_id), started, at_end, span_id))
         return await handler(house.services, http, episode_id)
 
     async def _say(self, answer: _Answer, error: ApiError, scope: Scope, receive: Receive) -> None:

@@ -79,6 +79,8 @@ class Metrics:
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self.generation_tokens = 0
+        self.replays = 0
+        """Requests of an episode that were sent again and got the answer that was recorded."""
         self.finished: Counter[str] = Counter()
         self.first_token = Histogram(_FIRST)
         self.between_tokens = Histogram(_BETWEEN)
@@ -124,6 +126,7 @@ class Metrics:
         yield self._counter("prompt_tokens", "Tokens of prompts, once for all choices.", self.prompt_tokens)
         yield self._counter("prompt_tokens_cached", "Of them, known from earlier requests.", self.cached_tokens)
         yield self._counter("generation_tokens", "Tokens sampled.", self.generation_tokens)
+        yield self._counter("request_replays", "Requests sent again, answered from the record.", self.replays)
         finished = CounterMetricFamily(
             "lrl:request_success", "Choices by their end.", labels=["model_name", "finished_reason"]
         )

@@ -18,7 +18,10 @@ from pydantic.json_schema import models_json_schema
 from starlette.requests import Request
 from starlette.responses import Response
 
+from rollout_server.api.dialects.messages_stream import anthropic_error
+from rollout_server.api.dialects.otlp import otlp_error
 from rollout_server.api.errors import ApiError
+from rollout_server.api.front.endpoint import Shape
 from rollout_server.api.front.routes import Route, fields, shown
 from rollout_server.api.front.wire import json_response
 from rollout_server.api.services import Services
@@ -46,7 +49,9 @@ _ERRORS = {
         "required": ["type", "error"],
         "properties": {"type": {"const": "error"}, "error": dict(fields(type="string", message="string"))},
     },
+    "Status": dict(fields(code="integer", message="string")),
 }
+_SHAPES: dict[Shape, str] = {ApiError.body: "Error", anthropic_error: "AnthropicError", otlp_error: "Status"}
 _EVENT = {
     "type": "object",
     "required": ["data"],
@@ -106,7 +111,7 @@ def _operation(route: Route, path: str, reference: Callable[[type], dict[str, An
     content: dict[str, Any] = {route.media: {"schema": route.answer}}
     if route.streams:
         content["text/event-stream"] = {"schema": _EVENT}
-    error = "Error" if route.shape is ApiError.body else "AnthropicError"
+    error = _SHAPES[route.shape]
     parameters = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
         for name in re.findall(r"{(\w+)}", path)

@@ -21,6 +21,7 @@ from rollout_server.api.dialects.generate import GenerateRequest, generate
 from rollout_server.api.dialects.messages import count_tokens, create_message
 from rollout_server.api.dialects.messages_request import CountRequest, MessagesRequest
 from rollout_server.api.dialects.messages_stream import anthropic_error
+from rollout_server.api.dialects.otlp import TraceBody, otlp_error, receive_traces
 from rollout_server.api.dialects.responses import create_response, delete_response, get_response
 from rollout_server.api.dialects.responses_request import ResponsesRequest
 from rollout_server.api.dialects.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
@@ -29,6 +30,7 @@ from rollout_server.api.front import status
 from rollout_server.api.front.access import Access
 from rollout_server.api.front.endpoint import Handler, Shape
 from rollout_server.api.services import Services
+from rollout_server.api.upstreams.relay import relayed
 
 Schema = Mapping[str, Any]
 
@@ -79,7 +81,7 @@ ROUTES: tuple[Route, ...] = (
     Route(
         method="POST",
         path="/v1/chat/completions",
-        handler=chat_completions,
+        handler=relayed(chat_completions, "chat"),
         access="client",
         summary="The next message of a conversation.",
         body=ChatRequest,
@@ -90,7 +92,7 @@ ROUTES: tuple[Route, ...] = (
     Route(
         method="POST",
         path="/v1/completions",
-        handler=completions,
+        handler=relayed(completions, "completions"),
         access="client",
         summary="Text or token ids, continued.",
         body=CompletionRequest,
@@ -101,7 +103,7 @@ ROUTES: tuple[Route, ...] = (
     Route(
         method="POST",
         path="/v1/responses",
-        handler=create_response,
+        handler=relayed(create_response, "responses"),
         access="client",
         summary="OpenAI's Responses API.",
         body=ResponsesRequest,
@@ -130,7 +132,7 @@ ROUTES: tuple[Route, ...] = (
     Route(
         method="POST",
         path="/v1/messages",
-        handler=create_message,
+        handler=relayed(create_message, "messages"),
         access="client",
         summary="Anthropic's Messages API.",
         body=MessagesRequest,
@@ -142,7 +144,7 @@ ROUTES: tuple[Route, ...] = (
     Route(
         method="POST",
         path="/v1/messages/count_tokens",
-        handler=count_tokens,
+        handler=relayed(count_tokens, "messages", suffix="/count_tokens"),
         access="client",
         summary="Tokens that a message's prompt has.",
         body=CountRequest,
@@ -178,6 +180,17 @@ ROUTES: tuple[Route, ...] = (
         summary="Text of token ids.",
         body=DetokenizeRequest,
         answer=fields(prompt="string"),
+    ),
+    Route(
+        method="POST",
+        path="/v1/traces",
+        handler=receive_traces,
+        access="client",
+        summary="Spans of an agent, as OpenTelemetry's exporters send them (OTLP/HTTP); also as protobuf.",
+        body=TraceBody,
+        answer=fields(partialSuccess="object"),
+        recorded=True,
+        shape=otlp_error,
     ),
     Route(
         method="GET",

@@ -16,6 +16,8 @@ _STARTED = int(time.time())
 
 
 async def models(services: Services, http: Request, episode_id: str | None) -> Response:
+    """With an episode in the request, this also says whether calls of it would be recorded: 404 if not."""
+    await services.episode(episode_id)
     return json_response({"object": "list", "data": [_model(services, name) for name in _names(services)]})
 
 

@@ -1,4 +1,4 @@
-"""What is known of a request before anybody reads it: who asks, since when, and what has to be given back at its end.
+"""What is known of a request before anybody reads it: whose it is, since when, and what has to be given back at its end.
 
 The endpoint leaves it with the request; handlers and what they call pick it up with `visit(http)`.
 """
@@ -21,6 +21,8 @@ class Visit:
     """`time.perf_counter()` at the request's head."""
     at_end: ExitStack
     """Closed when the last byte of the answer is sent, or the client is gone."""
+    span_id: str | None = None
+    """The agent's span that made it, if the request says so."""
 
 
 def leave_with(http: Request, visit: Visit) -> None:

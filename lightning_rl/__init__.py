@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lightning_rl.errors import LightningError
     from lightning_rl.recipe import Recipe, load_recipe
     from lightning_rl.store import Store
+    from tracers.requests import base_url
     from tracers.rewards import reward
     from tracers.rollout import rollout
     from tracers.spans import span
@@ -35,6 +36,7 @@ __all__ = [
     "Store",
     "Task",
     "__version__",
+    "base_url",
     "load_recipe",
     "reward",
     "rollout",
@@ -46,6 +48,7 @@ _HOMES = {
     "lightning_rl.errors": ("LightningError",),
     "lightning_rl.recipe": ("Recipe", "load_recipe"),
     "lightning_rl.store": ("Store",),
+    "tracers.requests": ("base_url",),
     "tracers.rewards": ("reward",),
     "tracers.rollout": ("rollout",),
     "tracers.spans": ("span",),

@@ -6,7 +6,6 @@ import argparse
 import difflib
 import importlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_rl.errors import StoreError
@@ -15,26 +14,32 @@ if TYPE_CHECKING:
     from lightning_rl.store import Store
 
 DESCRIPTION = """\
-Look at recorded episodes. RUN is a run's directory, or an episode database.
+Look at recorded episodes. RUN is a run's directory, or an episode database: a file, or the URL of one in PostgreSQL.
 
   lrl traces list runs/calculator/latest                 one line per episode
   lrl traces list runs/calculator/latest --phase train --step 3
   lrl traces show runs/calculator/latest                 the episode that started last
-  lrl traces show runs/calculator/latest train.3.train-0007.2.0"""
-DATABASE = "episodes.db"
-ACTIONS: dict[str, tuple[str, str]] = {}
+  lrl traces show runs/calculator/latest train.3.train-0007.2.0
+  lrl traces export runs/calculator/latest --out traces.parquet
+  lrl traces import traces.parquet --out all.db"""
+ACTIONS: dict[str, tuple[str, str]] = {
+    "export": ("tracers.commands.export", "write episodes into a trace file, to keep or to take elsewhere"),
+    "import": ("tracers.commands.import_", "add the episodes of a trace file to an episode database"),
+    "replay": ("trainers.replay", "reward, credit and train on recorded episodes once more"),
+    "otlp": ("tracers.commands.otlp", "send episodes to an OpenTelemetry collector, or write them as OTLP"),
+}
 """Of further actions: the module, with `configure(parser)` and `run(options)`, cheap to import; and the help line."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     listing = actions.add_parser("list", help="one line per episode", description="One line per episode.")
-    listing.add_argument("run", metavar="RUN", type=Path, help="run directory or episode database")
+    listing.add_argument("run", metavar="RUN", help="run directory, or episode database by file or URL")
     listing.add_argument("--phase", help="only this phase: train, eval-base, eval-final, …")
     listing.add_argument("--step", type=int, help="only this training step")
     listing.add_argument("--limit", type=int, default=100, help="at most so many, the last ones (default: %(default)s)")
     showing = actions.add_parser("show", help="one episode in full", description="One episode in full.")
-    showing.add_argument("run", metavar="RUN", type=Path, help="run directory or episode database")
+    showing.add_argument("run", metavar="RUN", help="run directory, or episode database by file or URL")
     showing.add_argument("episode", metavar="EPISODE", nargs="?", help="its id; by default the one that started last")
     for name, (module, help_line) in ACTIONS.items():
         sub = actions.add_parser(
@@ -50,10 +55,11 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from lightning_rl.store import Store
-    from tracers.trace_view import episode_table, episode_view
+    from lightning_rl.store.place import store_of
+    from tracers.commands.view import episode_table, episode_view
 
     console = Console()
-    with Store.open(database_of(options.run)) as store:
+    with Store.open(store_of(options.run), create=False) as store:
         if options.action == "list":
             summaries = store.starts(phase=options.phase, step=options.step)
             console.print(episode_table(summaries[-options.limit :]))
@@ -62,16 +68,6 @@ def run(options: argparse.Namespace) -> int:
         else:
             console.print(episode_view(store.episode(_episode_id(store, options.episode))))
     return 0
-
-
-def database_of(run: Path) -> Path:
-    """The database of a run directory, of the latest run under a directory of runs, or the given file itself."""
-    for path in (run / DATABASE, run / "latest" / DATABASE, run):
-        if path.is_file():
-            return path
-    raise StoreError(
-        f"{run}: no episode database here", hint=f"give a run's directory, such as runs/NAME/latest; it has {DATABASE}"
-    )
 
 
 def _episode_id(store: Store, wanted: str | None) -> str:

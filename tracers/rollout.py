@@ -1,31 +1,24 @@
 """`@rollout`: marks the function that is the agent.
 
 Under `lrl train` it names the root span of the episode that the runner has opened. Run by hand it just calls the
-function, unless LRL_STORE (an episode database) and LRL_SERVER (a rollout server's URL) are set: then it opens an
-episode there, points OPENAI_BASE_URL at it for the length of the call, and records how it ended. Clients that were
-built before the call keep the address that they were built with.
+function, unless LRL_STORE (an episode database) and LRL_SERVER (a rollout server's URL) are set: then each call opens an
+episode of its own there (`standalone`), any number of them at once. Inside another rollout it is a span.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import json
-import os
-import time
-import traceback
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
 from typing import Any, TypeVar, overload
 
-from lightning_rl.episode import EpisodeStart, Outcome, Reward, Span, Task
 from lightning_rl.errors import LightningError
-from tracers.context import Event, Rollout, current_rollout, running
+from tracers.context import enclosing_rollout
+from tracers.generators import Parts, in_one_context, in_one_context_async
 from tracers.spans import span
+from tracers.standalone import StandaloneEpisode, address
 
 Agent = TypeVar("Agent", bound=Callable[..., Any])
-PHASE = "standalone"
 
 
 @overload
@@ -33,7 +26,11 @@ def rollout(function: Agent) -> Agent: ...
 @overload
 def rollout(*, name: str | None = None) -> Callable[[Agent], Agent]: ...
 def rollout(function: Agent | None = None, *, name: str | None = None) -> Any:
-    """Mark a sync or async function as an agent: `@rollout` or `@rollout(name="solver")`."""
+    """Mark an agent: `@rollout` or `@rollout(name="solver")`, on a sync or async function or generator.
+
+    A generator's rollout lasts from its first item to its last; its answer is the list of its items, or what it returns. One that
+    is closed before its end (`break`) is `cancelled`, with the items until then.
+    """
     if function is None:
         return functools.partial(_decorate, name=name)
     return _decorate(function, name=name)
@@ -44,105 +41,105 @@ def is_rollout(function: Callable[..., Any]) -> bool:
     return getattr(function, "__lightning_rollout__", False)
 
 
-def _decorate(function: Agent, *, name: str | None) -> Any:
+def _decorate(function: Callable[..., Any], *, name: str | None) -> Any:
     label = name or str(getattr(function, "__name__", "agent"))
-
-    if inspect.iscoroutinefunction(function):
-
-        @functools.wraps(function)
-        async def run_async(*args: Any, **kwargs: Any) -> Any:
-            with _episode(label, args, kwargs) as record:
-                return record(await function(*args, **kwargs))
-
-        wrapped: Any = run_async
+    if inspect.isasyncgenfunction(function):
+        wrapped = _async_generator(function, label)
+    elif inspect.isgeneratorfunction(function):
+        wrapped = _generator(function, label)
+    elif inspect.iscoroutinefunction(function):
+        wrapped = _coroutine(function, label)
     else:
-
-        @functools.wraps(function)
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with _episode(label, args, kwargs) as record:
-                return record(function(*args, **kwargs))
-
-        wrapped = run
-    wrapped.__lightning_rollout__ = True
+        wrapped = _plain(function, label)
+    functools.update_wrapper(wrapped, function)
+    wrapped.__lightning_rollout__ = True  # type: ignore[attr-defined]
     return wrapped
 
 
-@contextmanager
-def _episode(label: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Callable[[Any], Any]]:
-    """The episode around one call; what it yields is given the answer and gives it back."""
-    address = os.environ.get("LRL_STORE"), os.environ.get("LRL_SERVER")
-    current = current_rollout()
-    if current is not None:
-        with span(label, kind="agent"):
-            yield lambda answer: answer
-    elif all(address):
-        with _standalone(str(address[0]), str(address[1]), label, args, kwargs) as record:
-            yield record
-    elif any(address):
+class _Part:
+    """A rollout inside another, or one that nobody records: a span. Takes an answer as `StandaloneEpisode` does."""
+
+    def __init__(self, label: str) -> None:
+        self._span = span(label, kind="agent")
+        self.answer: Any = None
+
+    def __enter__(self) -> _Part:
+        self._span.__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._span.__exit__(*raised)
+
+    async def __aenter__(self) -> _Part:
+        return self.__enter__()
+
+    async def __aexit__(self, *raised: Any) -> None:
+        self.__exit__(*raised)
+
+
+def _around(
+    label: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> StandaloneEpisode | _Part:
+    place = address() if enclosing_rollout() is None else None
+    if not place:
+        return _Part(label)
+    first = next(iter(inspect.signature(function).parameters), None)
+    return StandaloneEpisode(place, label, args[1:] if first in ("self", "cls") else args, kwargs)
+
+
+def _plain(function: Callable[..., Any], label: str) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _around(label, function, args, kwargs) as around:
+            around.answer = result = function(*args, **kwargs)
+            if isinstance(around, StandaloneEpisode):
+                _check_has_run(label, result)
+            return result
+
+    return run
+
+
+def _coroutine(function: Callable[..., Any], label: str) -> Callable[..., Any]:
+    async def run(*args: Any, **kwargs: Any) -> Any:
+        async with _around(label, function, args, kwargs) as around:
+            around.answer = result = await function(*args, **kwargs)
+            return result
+
+    return run
+
+
+def _generator(function: Callable[..., Any], label: str) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        items: list[Any] = []
+
+        def body() -> Generator[Any, Any, Any]:
+            with _around(label, function, args, kwargs) as around:
+                around.answer = items
+                result = yield from function(*args, **kwargs)
+                if result is not None:
+                    around.answer = result
+                return result
+
+        return (yield from in_one_context(body(), items.append))
+
+    return run
+
+
+def _async_generator(function: Callable[..., Any], label: str) -> Callable[..., Any]:
+    def parts(*args: Any, **kwargs: Any) -> Parts:
+        items: list[Any] = []
+        around = _around(label, function, args, kwargs)
+        around.answer = items
+        return around, function(*args, **kwargs), items.append
+
+    return in_one_context_async(parts)
+
+
+def _check_has_run(label: str, result: Any) -> None:
+    """What a function returns unfinished would run after its episode has ended."""
+    if inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result):
+        if inspect.iscoroutine(result):
+            result.close()
         raise LightningError(
-            "only one of LRL_STORE and LRL_SERVER is set", hint="set both to record the rollout, or neither"
+            f"rollout {label!r} returned a {type(result).__name__} that has not run yet",
+            hint="put @rollout on the async function or generator itself",
         )
-    else:
-        yield lambda answer: answer
-
-
-@contextmanager
-def _standalone(
-    store_path: str, server_url: str, label: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Iterator[Callable[[Any], Any]]:
-    from lightning_rl.store import Store
-
-    episode_id = f"{PHASE}-{uuid.uuid4().hex[:12]}"
-    events: list[Event] = []
-    answers: list[Any] = []
-
-    def record(answer: Any) -> Any:
-        answers.append(_json(answer))
-        return answer
-
-    with Store.open(store_path) as store, running(Rollout(episode_id, events.append, server_url)):
-        task = Task(id=label, input={"args": _json(args), "kwargs": _json(kwargs)})
-        store.begin(EpisodeStart(id=episode_id, task=task, phase=PHASE, started_at=time.time()))
-        outcome, error = Outcome.COMPLETED, None
-        variables = {"OPENAI_BASE_URL": f"{server_url.rstrip('/')}/e/{episode_id}/v1"}
-        if "OPENAI_API_KEY" not in os.environ:
-            variables["OPENAI_API_KEY"] = "lrl"
-        try:
-            with _environment(variables), span(label, kind="agent"):
-                yield record
-        except Exception:
-            outcome, error = Outcome.AGENT_ERROR, traceback.format_exc()
-            raise
-        except BaseException:
-            outcome, error = Outcome.CANCELLED, traceback.format_exc()
-            raise
-        finally:
-            store.end(
-                episode_id,
-                outcome,
-                answer=answers[0] if answers else None,
-                error=error,
-                counted=outcome is Outcome.COMPLETED,
-                spans=[event for event in events if isinstance(event, Span)],
-                rewards=[event for event in events if isinstance(event, Reward)],
-                ended_at=time.time(),
-            )
-
-
-@contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def _json(value: Any) -> Any:
-    """The value as JSON; what JSON cannot hold becomes its repr, since this run is not for training."""
-    return json.loads(json.dumps(value, default=repr))

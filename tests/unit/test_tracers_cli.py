@@ -2,18 +2,21 @@
 
 import argparse
 import io
+import traceback
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 from rich.console import Console
 
-from lightning_rl.episode import Call, EpisodeStart, Outcome, Reward, Span, Task
+from lightning_rl.episode import Call, Episode, EpisodeStart, Outcome, Reward, Span, Task
 from lightning_rl.errors import StoreError
 from lightning_rl.store import Store
+from tests.unit.domain import make_call, make_episode
 from tracers.cli import COMMANDS
-from tracers.trace_view import safe
+from tracers.commands.view import episode_view, safe
 
 HOSTILE = "\x1b[2J\x1b]0;title\x07[red]markup[/red] \u202e\x9b31m end"
 
@@ -112,3 +115,102 @@ def test_no_text_reaches_the_terminal_as_a_command(text: str) -> None:
 
 def test_ordinary_text_is_untouched() -> None:
     assert safe("naïve 3 × 4 → [12]\n\tok").plain == "naïve 3 × 4 → [12]\n\tok"
+
+
+def test_items_of_responses_are_shown_as_messages_and_only_what_is_new() -> None:
+    made = {"id": "t1", "type": "function", "function": {"name": "add", "arguments": '{"a":1}'}}
+    start = [{"role": "user", "content": [{"type": "input_text", "text": "one and one"}]}]
+    item = {"type": "function_call", "call_id": "t1", "name": "add", "arguments": '{"a": 1}'}
+    told = [
+        {"type": "reasoning", "content": []},
+        item,
+        {"type": "function_call_output", "call_id": "t1", "output": "2"},
+    ]
+    system = "You add."
+    first = make_call([1], [2], id="a", started_at=1, request={"input": start, "instructions": system},
+                      response={"content": None, "tool_calls": [made]})  # fmt: skip
+    other = make_call(
+        [1], [2], id="b", index=1, started_at=2, request={"messages": [{"role": "user", "content": "aside"}]}
+    )
+    second = make_call([1], [2], id="c", index=2, started_at=3, parent_id="a",
+                       request={"input": start + told, "instructions": system}, response={"content": "two"})  # fmt: skip
+    shown = view_of(structs.replace(make_episode("e"), calls=[first, other, second]))
+    for once in (
+        "system: You add.",
+        "user: one and one",
+        '→ add({"a": 1})',
+        "tool: 2",
+        "assistant: two",
+        "user: aside",
+    ):
+        assert shown.count(once) == 1, once
+    assert "input_text" not in shown
+
+
+def test_parts_of_anthropics_are_shown_as_messages() -> None:
+    result = {"type": "tool_result", "tool_use_id": "t", "content": [{"type": "text", "text": "84"}]}
+    use = {"type": "tool_use", "id": "t", "name": "times", "input": {"a": 7}}
+    messages = [
+        {"role": "user", "content": [result, {"type": "text", "text": "go on"}]},
+        {"role": "assistant", "content": [use]},
+    ]
+    call = make_call([1], [2], request={"system": [{"type": "text", "text": "Be brief."}], "messages": messages})
+    shown = view_of(make_episode("e", [call]))
+    for text in ("system: Be brief.", "tool: 84", "user: go on", 'assistant: → times({"a": 7})'):
+        assert text in shown
+
+
+def test_a_tool_is_one_line_however_many_saw_it_and_its_rewards_are_there() -> None:
+    made = {"id": "t1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+    call = make_call([1], [2], started_at=1.0, ended_at=2.0, span_id="agent", response={"tool_calls": [made]})
+    span = {"episode_id": "e", "ended_at": 3.0}
+    spans = [
+        Span(id="root", name="root", kind="agent", **span),
+        Span(id="agent", name="adder", kind="agent", parent_id="root", started_at=0.5, **span),
+        Span(id="served", name="add", kind="tool", started_at=2.0, parent_id="agent",
+             attributes={"tool_call_id": "t1", "call_id": "c", "result": "2"}, **span),
+        Span(id="own", name="add", kind="tool", started_at=2.1, parent_id="agent", attributes={"tool_call_id": "t1"}, **span),
+    ]  # fmt: skip
+    stray = make_call([1], [2], id="stray", index=1, started_at=2.5, span_id="unknown")
+    rewards = [Reward(episode_id="e", name="fine", value=1, span_id="served")]
+    shown = view_of(structs.replace(make_episode("e", [call, stray]), spans=spans, rewards=rewards))
+    assert shown.count("tool add") == 1
+    assert '"result": "2"}' in shown
+    assert shown.count("fine = 1") == 1
+    lines = {
+        word: next(line.index(word) for line in shown.splitlines() if word in line)
+        for word in ("agent adder", "call 1")
+    }
+    assert lines["call 1"] == lines["agent adder"], "a call whose span nobody knows is the root's"
+
+
+def test_long_texts_are_cut_and_an_error_is_what_was_raised() -> None:
+    try:
+        try:
+            raise KeyError("inner")
+        except KeyError as error:
+            problem = ValueError("no such table\nin the database")
+            problem.add_note("For troubleshooting, see the manual")
+            raise problem from error
+    except ValueError as error:
+        text = "".join(traceback.format_exception(error))
+    group = "".join(traceback.format_exception(ExceptionGroup("several", [ValueError("one of them")])))
+    spans = [
+        Span(id=name, episode_id="e", name=name, kind="chain", error=error)
+        for name, error in (("a", text), ("b", "never ended"), ("c", group))
+    ]
+    shown = view_of(
+        structs.replace(make_episode("e", [make_call([1], [2], request={"prompt": "x" * 9000})]), spans=spans)
+    )
+    assert "ValueError: no such table" in shown
+    assert "troubleshooting" not in shown
+    assert "never ended" in shown
+    assert "ExceptionGroup: several (1 sub-exception)" in shown
+    assert "… (9000 characters)" in shown
+    assert shown.count("x") < 4100
+
+
+def view_of(episode: Episode) -> str:
+    out = io.StringIO()
+    Console(file=out, force_terminal=False, width=160).print(episode_view(episode))
+    return out.getvalue()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from lightning_rl.automatic_rewards import NAMES
 from lightning_rl.episode import Episode
 from lightning_rl.errors import RecipeError
 
@@ -13,9 +14,10 @@ def episode_return(episode: Episode, weights: Mapping[str, float]) -> float:
     """R = Σ weight[name] · value, over the rewards of the episode, its calls and its spans.
 
     Empty weights count every reward as it is. Otherwise each name must have a weight, 0 to record it only: a misspelt
-    name would else train for something else than what the recipe says.
+    name would else train for something else than what the recipe says. Automatic rewards have their value in the recipe
+    and count as they are, unless a weight names them.
     """
-    unknown = sorted({reward.name for reward in episode.rewards} - set(weights)) if weights else []
+    unknown = sorted({reward.name for reward in episode.rewards} - {*weights, *NAMES}) if weights else []
     if unknown:
         raise RecipeError(
             f"reward.weights: episode {episode.id} has rewards named {', '.join(unknown)}, "

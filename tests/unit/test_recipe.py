@@ -5,7 +5,8 @@ import yaml
 
 from lightning_rl.errors import RecipeError
 from lightning_rl.recipe import load_recipe
-from lightning_rl.recipe_reference import reference
+from lightning_rl.recipe.functions import resolve_reference
+from lightning_rl.recipe.reference import reference
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = """\
@@ -82,7 +83,7 @@ def assert_within(written, loaded):
 
 def test_the_reference_is_current():
     assert (ROOT / "docs" / "recipe.md").read_text() == reference(), (
-        "run python -m lightning_rl.recipe_reference > docs/recipe.md"
+        "run python -m lightning_rl.recipe.reference > docs/recipe.md"
     )
 
 
@@ -151,7 +152,7 @@ def test_overrides(load):
 )
 def test_a_wrong_override_is_named(problems, override, message):
     (problem,) = problems(RECIPE, override)
-    assert problem.startswith(f"override {override!r}: {message}")
+    assert problem.startswith(f"override {override.partition('=')[0]}: {message}")
 
 
 def test_every_problem_is_told_at_once_with_its_place(problems):
@@ -197,6 +198,60 @@ trian: {}
     ]
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("agent: {routes: [{match: a, to: polcy}]}", "1: agent.routes.0.to: 'polcy' is neither 'policy' nor in model"),
+        ("agent: {learns: ['']}", "1: agent.learns.0: must not be empty"),
+        ("agent: {learns: ['[ab]*', '[a']}", "1: agent.learns.1: '[a' has a [ without its ]"),
+        ("upstreams: {policy: {base_url: 'https://x'}}", "1: upstreams.policy: 'policy' names two of"),
+        ("upstreams: {x: {base_url: 'https://'}}", "1: upstreams.x.base_url: it must be a URL with a host"),
+        ("upstreams: {x: {base_url: 'https://a:SECRET@x/v1'}}", "1: upstreams.x.base_url: a user or password must not"),
+        ("upstreams: {x: {base_url: 'https://x', api_key_env: sk-SECRET}}", "1: upstreams.x.api_key_env: it must be the name"),
+        ("tracking: {otlp: {endpoint: 'http://SECRET@x'}}", "1: tracking.otlp.endpoint: a user or password must not"),
+        ("tracking: {otlp: {endpoint: 'http://x', headers_env: 'k=SECRET'}}", "1: tracking.otlp.headers_env: it must be"),
+        ("evaluate: {success: retrun}\nreward: {weights: {return: 1}}", "1: evaluate.success: 'retrun' is not in"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_at_its_line_without_secrets(problems, more, message):
+    base = yaml.safe_load(RECIPE)
+    sections = yaml.safe_load(more)
+    top = more.splitlines()
+    if "agent" in sections:
+        top = [f"{top[0][:-1]}, function: user/code.py:solve}}"]
+    for name in sections:
+        base.pop(name, None)
+    (problem,) = problems("\n".join(top) + "\n" + yaml.safe_dump(base))
+    assert problem.startswith(f"recipe.yaml:{message}")
+    assert "SECRET" not in problem
+
+
+def test_overrides_reach_into_lists_and_never_show_their_values(load, problems):
+    text = RECIPE.replace("agent:\n", "agent:\n  routes:\n  - {match: a, to: policy}\n  - {match: b, to: policy}\n")
+    recipe = load(text, "agent.routes.1.match=c", "agent.learns=[x]", "agent.learns.0=y")
+    assert [route.match for route in recipe.agent.routes] == ["a", "c"]
+    assert recipe.agent.learns == ["y"]
+    expected = ["override agent.routes.1.to: agent.routes.1.to: 'polcy' is neither 'policy' nor in model.adapters nor in "
+                "upstreams (did you mean 'policy'?)"]  # fmt: skip
+    assert problems(text, "agent.routes.1.to=polcy") == expected
+    assert problems(text, "agent.routes.2.to=policy") == [
+        "override agent.routes.2.to: agent.routes: has 2 entries, so it has no '2'"
+    ]
+    for override in ("recording.store=postgresql://u:SECRET@h/db", "upstreams.x={base_url: 'https://SECRET@x'}"):
+        assert "SECRET" not in "".join(problems(text, override))
+
+
+def test_where_episodes_are_recorded_the_agent_need_not_be_there(load):
+    gone = ["agent.function=null", "agent.command=nowhere/agent", "agent.folder=nowhere", "tasks.function=gone.py:tasks",
+            "model.adapters.critic=nowhere"]  # fmt: skip
+    with pytest.raises(RecipeError):
+        load(RECIPE, *gone)
+    recipe = load_recipe(load(RECIPE).source, gone, recorded=True)
+    assert (recipe.agent.command, recipe.tasks.function) == ("nowhere/agent", "gone.py:tasks")
+    with pytest.raises(RecipeError, match=r"reward\.function: there is no file"):
+        load_recipe(recipe.source, [*gone, "reward.function=gone.py:score"], recorded=True)
+
+
 def test_files_that_are_no_recipes(problems, tmp_path):
     assert problems("a: [1\nb: 2\n")[0].startswith("recipe.yaml:2: not YAML: ")
     assert problems("")[0].startswith("recipe.yaml:1: a recipe is a mapping of sections")
@@ -220,14 +275,14 @@ def test_anchors_and_merges_keep_their_lines(load, problems):
 def test_functions_are_found_without_running_the_file(load, tmp_path, name):
     recipe = load(RECIPE, f"agent.function=user/code.py:{name}")
     assert recipe.agent.function == f"{tmp_path}/user/code.py:{name}"
-    assert recipe.resolve_function(recipe.agent.function) == (tmp_path / "user" / "code.py", name)
-    assert recipe.resolve_function(f"user/code.py:{name}") == (tmp_path / "user" / "code.py", name)
+    assert recipe.resolve_function(recipe.agent.function) == (tmp_path / "user" / "code.py", name, "")
+    assert recipe.resolve_function(f"user/code.py:{name}") == (tmp_path / "user" / "code.py", name, "")
 
 
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
-        ("user/code.py", "must be written as path/to/file.py:function, not 'user/code.py'"),
+        ("user/code.py", "must be written as path/to/file.py:function or package.module:function, not 'user/code.py'"),
         ("user/code.py:", "must be written as"),
         ("nowhere/code.py:solve", "there is no file nowhere/code.py"),
         ("user/code.py:json", "user/code.py defines no 'json' at its top level"),
@@ -242,9 +297,74 @@ def test_functions_that_are_not_there(load, tmp_path, reference, message):
     assert message in str(caught.value).replace(f"{tmp_path}/", "")
 
 
+def test_functions_in_modules(load, problems, tmp_path):
+    package = tmp_path / "pack"
+    package.mkdir()
+    (package / "__init__.py").write_text("from .inner import *")
+    (package / "inner.py").write_text("def solve(task): ...")
+    recipe = load(RECIPE, "agent.function=pack.inner:solve", "reward.function=json.decoder:JSONDecoder")
+    assert recipe.agent.function == f"{tmp_path}/pack.inner:solve"
+    assert recipe.reward.function == "json.decoder:JSONDecoder", "what is installed is found from anywhere"
+    reference = recipe.resolve_function(recipe.agent.function)
+    assert (reference.path, reference.name, reference.module) == (package / "inner.py", "solve", "pack.inner")
+    assert reference.root == tmp_path
+    assert load(RECIPE, "agent.function=pack:solve").resolve_function("pack:solve").root == tmp_path
+    (tmp_path / "sub").mkdir()
+    assert str(resolve_reference("../pack.inner:solve", tmp_path / "sub")) == recipe.agent.function
+    for wrong, said in (
+        ("pack.iner:solve", f"there is no module pack.iner installed, nor in {tmp_path} (did you mean 'inner'?)"),
+        ("pack.inner:slove", "pack/inner.py defines no 'slove' at its top level (did you mean 'solve'?)"),
+        ("msgspec._core:Struct", "msgspec._core is not a Python file"),
+        ("user/code:solve", ""),
+        ("a-b:solve", "neither a file ending in .py nor the dotted name of a module"),
+    ):
+        if said:
+            (problem,) = problems(RECIPE, f"agent.function={wrong}")
+            assert said.replace(f"{tmp_path}", "") in problem.replace(f"{tmp_path}", "")
+        else:
+            assert load(RECIPE, f"agent.function={wrong}").agent.function == f"{tmp_path}/user/code:solve"
+
+
+def test_the_agent_is_a_function_or_a_command(load, problems, tmp_path):
+    (tmp_path / "user" / "agent.sh").write_text("#!/bin/sh\n")
+    command = RECIPE.replace("function: user/code.py:solve\ntasks", "command: sh -c 'echo hello'\ntasks", 1)
+    recipe = load(command)
+    assert (recipe.agent.command, recipe.agent.folder) == ("sh -c 'echo hello'", str(tmp_path))
+    copy = tmp_path / "elsewhere.d" / "recipe.yaml"
+    copy.parent.mkdir()
+    copy.write_text(recipe.to_yaml())
+    assert load_recipe(copy).agent == recipe.agent, "the folder is kept"
+    for override, said in (
+        ("agent.function=user/code.py:solve", "agent: give either function or command, not both"),
+        ("agent.command=", "agent: give either function or command, not neither"),
+        ("agent.command=nodee x.js", "there is no program 'nodee' on PATH"),
+        ('agent.command="\'"', "cannot be split into words"),
+        ("agent.command=' '", "the command is empty"),
+        ("agent.command=user/agent.sh", "agent.sh is not executable"),
+        ("agent.command=user/none.sh", "there is no program"),
+        ("agent.folder=nowhere", "agent.folder: there is no folder nowhere"),
+    ):
+        (problem,) = problems(command, override)
+        assert said in problem
+
+
+def test_without_a_reward_function_success_is_what_the_agent_returns(load):
+    own = RECIPE.replace("reward: {function: user/code.py:solve}", "reward: {}")
+    assert load(own, "evaluate.success=").success_reward == "return"
+    assert load(own).success_reward == "solved"
+    assert load(own, "evaluate.success=", "reward.weights.good=2").success_reward == "good"
+
+
 def test_success_must_be_a_reward_that_the_recipe_knows(load):
-    with pytest.raises(RecipeError, match=r"evaluate\.success must name the reward"):
+    with pytest.raises(RecipeError, match=r"evaluate\.success: must name the reward"):
         load(RECIPE, "evaluate.success=null")
     with pytest.raises(RecipeError, match="did you mean 'solved'"):
         load(RECIPE, "reward.weights={solved: 1.0}", "evaluate.success=solve")
     assert load(RECIPE, "reward.weights={right: 1.0}", "evaluate.success=null").success_reward == "right"
+
+
+def test_a_reward_function_alone_needs_no_section(load, problems):
+    short = RECIPE.replace("{function: user/code.py:solve}", "user/code.py:solve")
+    assert load(short, "reward.weights={solved: 2.0}").reward == load(RECIPE, "reward.weights={solved: 2.0}").reward
+    (line,) = problems(short.replace("reward: user/code.py:solve", "reward: user/code.py:slove"))
+    assert line.startswith("recipe.yaml:7: reward.function: ")

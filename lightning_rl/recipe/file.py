@@ -51,8 +51,8 @@ class RecipeFile(Struct, kw_only=True):
     def override(self, assignments: Sequence[str]) -> None:
         """Put `a.b=value` on top. Whether there is a field a.b shows when the values are checked."""
         for assignment in assignments:
-            where = f"override {assignment!r}"
             name, equals, text = assignment.partition("=")
+            where = f"override {name.strip()}"  # values may be secrets
             place = tuple(name.strip().split("."))
             if not equals or not all(place):
                 self.problems.append(Problem(where=where, place=(), what="write overrides as section.field=value"))
@@ -64,18 +64,27 @@ class RecipeFile(Struct, kw_only=True):
                 continue
             self._set(place, value, where)
 
-    def _set(self, place: Place, value: Any, where: str) -> None:
+    def _set(self, written: Sequence[str], value: Any, where: str) -> None:
+        """Entries of lists go by their number, from 0."""
         section: Any = self.values
-        for depth, key in enumerate(place[:-1], start=1):
-            if section.get(key) is None:
-                section[key] = {}
-                self.origins[place[:depth]] = where
-            section = section[key]
-            if not isinstance(section, dict):
-                what = f"is not a section, so it has no {place[depth]!r}"
-                self.problems.append(Problem(where=where, place=place[:depth], what=what))
+        place: Place = ()
+        for name in written:
+            key: str | int = name
+            if isinstance(section, list) and name.isdecimal() and int(name) < len(section):
+                key = int(name)
+            elif not isinstance(section, dict):
+                kind = f"has {len(section)} entries" if isinstance(section, list) else "is not a section"
+                what = f"{kind}, so it has no {name!r}"
+                self.problems.append(Problem(where=where, place=place, what=what))
                 return
-        section[place[-1]] = value
+            place, above = (*place, key), section
+            if len(place) == len(written):
+                break
+            if isinstance(section, dict) and section.get(key) is None:
+                section[key] = {}
+                self.origins[place] = where
+            section = section[key]
+        above[place[-1]] = value
         for known in [known for known in self.origins if known[: len(place)] == place]:
             del self.origins[known]
         self.origins[place] = where

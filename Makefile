@@ -6,13 +6,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test check install clean
+.PHONY: demo test chaos check install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/lrl train recipes/calculator.yaml
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# Processes of a rollout killed at random, far more often than the suite does it.
+chaos: $(VENV)/.installed
+	$(BIN)/python -m tests.chaos --kills 50
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

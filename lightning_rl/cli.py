@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -14,6 +15,7 @@ Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argpar
 """(help line, configure the parser, run)."""
 
 COMMANDS: dict[str, tuple[str, str]] = {
+    "run": ("trainers.cli", "run one episode of an agent and show its trace, before any training"),
     "train": ("trainers.cli", "train the policy of an agent by a recipe, or resume a run"),
     "eval": ("trainers.cli", "measure a policy on a recipe's held-out tasks"),
     "export": ("trainers.cli", "write a run's policy as a Hugging Face checkpoint"),
@@ -23,8 +25,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("lightning_rl.doctor", "say what is installed, what the machine has, and what would run where"),
 }
 
+OVERRIDE = re.compile(r"[a-z_][\w.]*=")
+
 EPILOG = """\
 Train the agent you have:
+  lrl run my_agent.py:solve --model smollm2-135m --task '{"question": "What is 12 * 7?"}'
   lrl train recipes/calculator.yaml                  a complete example; see docs/quickstart.md for your own
   lrl train recipe.yaml train.steps=20 seed=1        any field of the recipe, overridden
   lrl train --resume runs/calculator                 go on after an interruption
@@ -58,7 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _fail(error)
             sub.description = description
             configure(sub)
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    if hasattr(options, "overrides"):  # argparse does not take more of them after an option
+        options.overrides += [word for word in rest if OVERRIDE.match(word)]
+        rest = [word for word in rest if not OVERRIDE.match(word)]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if options.version:
         from importlib.metadata import version
 

@@ -1,8 +1,9 @@
-"""The trainer's commands: train, eval, export."""
+"""The trainer's commands: train, run, eval, export."""
 
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from lightning_rl.errors import LightningError
@@ -33,6 +34,19 @@ Write a run's latest policy as a Hugging Face checkpoint that transformers loads
   lrl export runs/calculator --out adapter --adapter   the LoRA adapter alone, for PEFT
 """
 
+RUN = """\
+Run one episode of an agent, and show what it did. Nothing is trained.
+
+  lrl run my_agent.py:solve --model smollm2-135m --task '{"id": "t1", "question": "What is 12 * 7?"}'
+  lrl run my_package.agents:solve --model tiny-llama --task-file task.json --reward my_agent.py:score
+  lrl run --command "node agent.js" --model smollm2-135m --task '{"question": "What is 12 * 7?"}'
+  lrl run my_agent.py:solve --server http://127.0.0.1:8000 --task '{}'
+  lrl run recipe.yaml                        the first task of a recipe's held-out ones; --task ID for another
+
+The agent finds the model at OPENAI_BASE_URL (ANTHROPIC_BASE_URL for Anthropic's client), as in training. The exit code is 0 if it
+completed, 1 if it failed, 2 if it could not be run.
+"""
+
 
 def _configure_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", type=Path, help="recipe.yaml")
@@ -52,6 +66,67 @@ def _train(options: argparse.Namespace) -> int:
     if options.recipe is None:
         raise LightningError("which recipe?", hint="lrl train recipe.yaml, or lrl train --resume RUN")
     return start_run(options.recipe, options.overrides)
+
+
+def _configure_run(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "target",
+        nargs="?",
+        metavar="AGENT|RECIPE",
+        help="file.py:function, package.module:function, or recipe.yaml",
+    )
+    add("overrides", nargs="*", metavar="key=value", help="fields of the recipe, e.g. model.name=tiny-llama")
+    add(
+        "--command",
+        dest="program",
+        metavar="WORDS",
+        help="an agent of any language instead: started here, without a shell",
+    )
+    add(
+        "--task",
+        metavar="JSON",
+        help="what the agent gets, a JSON object; with a recipe also the id of one of its tasks",
+    )
+    add("--task-file", type=Path, metavar="FILE", help="the same from a file")
+    add("--model", metavar="M", help="built-in name (smollm2-135m, tiny-llama, …), checkpoint directory, or hub id")
+    add("--server", metavar="URL", help="a running `lrl serve` whose --store is OUT/episodes.db, instead of a model")
+    add("--reward", metavar="FILE:FUNCTION", help="function(task, episode) that says how good it was")
+    add("--temperature", type=_not_negative, metavar="T", help="of every call (default: the agent's own)")
+    add("--max-tokens", type=_positive, metavar="N", help="that a call may sample (default: the agent's own)")
+    add("--seed", type=int, metavar="N", help="of sampling and of the agent's randomness")
+    add("--timeout", type=_seconds, default=300.0, metavar="SECONDS", help="for the agent to end (%(default)g)")
+    add("--out", type=Path, metavar="DIR", help="where episodes are stored (runs/try)")
+    add("--json", action="store_true", help="print the episode as JSON instead")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _not_negative(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = _not_negative(text)
+    if not value:
+        raise argparse.ArgumentTypeError("0 seconds are too short for any agent")
+    return value
+
+
+def _run(options: argparse.Namespace) -> int:
+    from trainers.run_one import run_one
+
+    return run_one(options)
 
 
 def _configure_eval(parser: argparse.ArgumentParser) -> None:
@@ -87,6 +162,7 @@ def _export(options: argparse.Namespace) -> int:
 
 COMMANDS = {
     "train": (TRAIN, _configure_train, _train),
+    "run": (RUN, _configure_run, _run),
     "eval": (EVAL, _configure_eval, _eval),
     "export": (EXPORT, _configure_export, _export),
 }

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
+from lightning_rl.automatic_rewards import SOURCE
 from lightning_rl.episode import Episode
+from lightning_rl.errors import RewardError
+from lightning_rl.recipe import RETURNED
 
 Z95 = 1.959963984540054
 
@@ -40,7 +43,15 @@ def success_values(episodes: Sequence[Episode], reward: str) -> list[float]:
     """One value per task: the named reward of its counted attempt, 0 where the policy never got as far as being scored.
 
     In evaluation a failed episode is a failure of the policy to solve the task; in training it is none, see `outcomes`.
+    Raises RewardError where `reward` is `return`, the default, and the agents return other rewards instead.
     """
+    given = {r.name for episode in episodes if episode.counted for r in episode.rewards if r.source != SOURCE}
+    if reward == RETURNED and given and RETURNED not in given:
+        raise RewardError(
+            f"no episode has a reward named {RETURNED!r}, which is to say whether a task was solved; there are "
+            f"{', '.join(sorted(given))}",
+            hint="name one of them in evaluate.success, or give reward.weights",
+        )
     return [
         math.fsum(r.value for r in episode.rewards if r.name == reward) if episode.counted else 0.0
         for episode in episodes

@@ -16,12 +16,14 @@ from typing import Any
 
 from msgspec import Struct
 
+from lightning_rl.agents import callers
 from lightning_rl.algorithms.aggregation import kept_tokens, token_weights
 from lightning_rl.credit import credit_rule
 from lightning_rl.episode import Episode, Task
+from lightning_rl.errors import RecipeError
 from lightning_rl.ledger import Ledger, account
 from lightning_rl.recipe import Recipe
-from lightning_rl.transition import Transition, group_transitions
+from lightning_rl.transition import NOT_OF_THE_LEARNER, Transition, group_transitions
 from trainers.checkpoint import TrainState, read_state
 from trainers.console import duration
 from trainers.evaluation import Score, score, success_values
@@ -46,6 +48,8 @@ class StepData(Struct, frozen=True, kw_only=True):
     transitions: list[Transition]
     packed: Packed
     ledger: Ledger
+    nobody_learns: str = ""
+    """Why, if no call is of those that `agent.learns` says."""
 
 
 def train(
@@ -65,8 +69,10 @@ def train(
         rolled = time.monotonic()
         data = learn_from(recipe, session.episodes("train", step))
         data.ledger.check(f"step {step + 1}")
+        for line in doubts(recipe, data, is_first=step == 0):
+            console.say(f"step {step + 1}/{recipe.train.steps}: {line}")
         with session.timed("train"), console.stage(f"step {step + 1}/{recipe.train.steps}: train"):
-            sums = learner.step(share_out(data.packed.rows, recipe.train.world_size), learning_rate(recipe.train, step))
+            sums = update(recipe, learner, data, step)
         trained = time.monotonic()
         version = state.version + 1
         with session.timed("publish"), console.stage(f"step {step + 1}/{recipe.train.steps}: publish"):
@@ -100,7 +106,13 @@ def learn_from(recipe: Recipe, episodes: Sequence[Episode]) -> StepData:
         returns = {}
         for episode in group:
             returns.update(rule(episode, recipe.reward.weights))
-        transitions += group_transitions(group, returns, recipe.train.objective.normalise)
+        transitions += group_transitions(
+            group,
+            returns,
+            recipe.train.objective.normalise,
+            learns=recipe.agent.learns,
+            adapters=recipe.model.adapters,
+        )
     packed = pack(
         transitions,
         group_of={episode.id: episode.start.group for episode in counted},
@@ -112,7 +124,51 @@ def learn_from(recipe: Recipe, episodes: Sequence[Episode]) -> StepData:
         ranks=recipe.train.world_size,
     )
     ledger = account(episodes, transitions, packed.trees)
-    return StepData(episodes=list(episodes), counted=counted, transitions=transitions, packed=packed, ledger=ledger)
+    return StepData(
+        episodes=list(episodes),
+        counted=counted,
+        transitions=transitions,
+        packed=packed,
+        ledger=ledger,
+        nobody_learns=_nobody_learns(recipe, counted, transitions),
+    )
+
+
+def _nobody_learns(recipe: Recipe, counted: Sequence[Episode], transitions: Sequence[Transition]) -> str:
+    if not transitions or any(transition.masked not in NOT_OF_THE_LEARNER for transition in transitions):
+        return ""
+    seen = {name for episode in counted for caller in callers(episode).values() for name in caller.names if name}
+    return (
+        f"agent.learns: no call of the policy fits {', '.join(recipe.agent.learns)}; the calls of this step were made under the "
+        f"names {', '.join(sorted(seen)[:20]) or '(none)'}"
+    )
+
+
+def doubts(recipe: Recipe, data: StepData, *, is_first: bool) -> list[str]:
+    """What a person should hear of before the step is trained on.
+
+    Raises RecipeError where nobody learns in the first step: that is a misspelt name. Later, those who learn did not come to it.
+    """
+    lines = []
+    if data.nobody_learns and is_first:
+        raise RecipeError(
+            data.nobody_learns,
+            hint="name an agent, a graph node or a model that is asked for, and leave its calls to the policy in agent.routes",
+        )
+    if data.nobody_learns:
+        lines.append(f"nothing is trained: {data.nobody_learns}")
+    given = {reward.name for episode in data.counted for reward in episode.rewards}
+    unmet = [name for name, weight in recipe.reward.weights.items() if weight and name not in given]
+    if unmet and is_first and data.counted:
+        lines.append(f"reward.weights: no episode of this step has a reward named {', '.join(unmet)}")
+    return lines
+
+
+def update(recipe: Recipe, learner: Learner, data: StepData, step: int) -> dict[str, float]:
+    """One optimiser step, and the sums of `Learner.step`. Where nobody learned, the policy and the optimiser stay as they are."""
+    if data.nobody_learns:
+        return {}
+    return learner.step(share_out(data.packed.rows, recipe.train.world_size), learning_rate(recipe.train, step))
 
 
 def publish_policy(session: Session, learner: Learner, version: int, sequences: Sequence[list[int]]) -> Gap:
@@ -155,8 +211,9 @@ def known_sequences(session: Session) -> list[list[int]]:
 
 
 def _some_sequences(episodes: Sequence[Episode]) -> list[list[int]]:
-    calls = itertools.islice((episode.calls[-1] for episode in episodes if episode.calls), SEQUENCES_TO_COMPARE)
-    return [call.prompt_ids + call.sampled_ids for call in calls] or [list(range(3, 40))]
+    lasts = (next((c for c in reversed(e.calls) if c.sampled_ids), None) for e in episodes)  # a provider's has no ids
+    known = (call.prompt_ids + call.sampled_ids for call in lasts if call is not None)
+    return list(itertools.islice(known, SEQUENCES_TO_COMPARE)) or [list(range(3, 40))]
 
 
 def _metrics(
@@ -172,7 +229,7 @@ def _metrics(
     tokens = max(sums.get("tokens", 0.0), 1.0)
     mean = {name: sums.get(name, 0.0) / tokens for name in ("entropy", "clip_fraction", "ratio", "tis", "gap")}
     calls = [call for episode in data.counted for call in episode.calls]
-    sampled = [len(call.sampled_ids) for episode in data.episodes for call in episode.calls]
+    sampled = [len(call.sampled_ids) for episode in data.episodes for call in episode.calls if not call.upstream]
     fresh = sum(len(c.sampled_ids) for e in data.episodes if e.start.started_at >= started_at for c in e.calls)
     names = sorted({reward.name for episode in data.counted for reward in episode.rewards})
     computed = sum(len(row.ids) for row in data.packed.rows)

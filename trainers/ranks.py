@@ -119,7 +119,7 @@ def main(config: RankConfig) -> None:
 
     init_distributed()
     start_from = Path(config.start_from) if config.start_from else None
-    Learner(load_recipe(Path(config.recipe)), Path(config.model_dir), start_from).follow()
+    Learner(load_recipe(Path(config.recipe), recorded=True), Path(config.model_dir), start_from).follow()
 
 
 if __name__ == "__main__":

@@ -15,27 +15,27 @@ from typing import Any
 from lightning_rl.episode import EpisodeStart, Sampling, Task
 from lightning_rl.errors import RecipeError
 from lightning_rl.recipe import Recipe
-from trainers.runners import episode_id
-from trainers.user_code import load_function
+from lightning_rl.recipe.functions import Reference
+from trainers.runner.pool import episode_id
+from trainers.runner.user_code import load_function
 
 
 def load_tasks(recipe: Recipe) -> dict[str, list[dict[str, Any]]]:
     """The recipe's task function called: split -> rows. Raises RecipeError when it does not give what a run needs."""
-    path, name = recipe.resolve_function(recipe.tasks.function)
-    made = load_function(path, name)(seed=recipe.seed, **recipe.tasks.arguments)
-    where = f"{path}:{name}"
+    where = recipe.resolve_function(recipe.tasks.function)
+    made = load_function(*where)(seed=recipe.seed, **recipe.tasks.arguments)
     if not isinstance(made, Mapping):
         raise RecipeError(f"{where} returned {type(made).__name__}, not a mapping of splits")
     needed = ["train", "eval"] + (["warm_start"] if recipe.warm_start else [])
     missing = [split for split in needed if not made.get(split)]
     if missing:
         raise RecipeError(f"{where} made no tasks for {', '.join(missing)}", hint=f"it made {', '.join(made)}")
-    splits = {split: [dict(row) for row in made[split]] for split in made}
+    splits = {split: [_row(row, where, split) for row in made[split]] for split in made}
     for split in ("train", "eval"):
         ids = [row.get("id") for row in splits[split]]
-        if None in ids or len(set(ids)) != len(ids):
+        if None in ids or "" in ids or len(set(map(str, ids))) != len(ids):
             raise RecipeError(f"{where}: every row of {split} needs a field `id` of its own")
-    shared = {row["id"] for row in splits["train"]} & {row["id"] for row in splits["eval"]}
+    shared = {str(row["id"]) for row in splits["train"]} & {str(row["id"]) for row in splits["eval"]}
     if shared:
         raise RecipeError(f"{where}: {len(shared)} ids are both in train and in eval, first {min(shared)!r}")
     if len(splits["eval"]) < recipe.evaluate.tasks:
@@ -44,6 +44,12 @@ def load_tasks(recipe: Recipe) -> dict[str, list[dict[str, Any]]]:
             hint="lower evaluate.tasks, or ask for more in tasks.arguments",
         )
     return splits
+
+
+def _row(row: Any, where: Reference, split: str) -> dict[str, Any]:
+    if not isinstance(row, Mapping):
+        raise RecipeError(f"{where}: a row of {split} is a {type(row).__name__}, not a mapping of fields")
+    return dict(row)
 
 
 def tasks_digest(splits: Mapping[str, list[dict[str, Any]]]) -> str:

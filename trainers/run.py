@@ -10,24 +10,29 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from lightning_rl.errors import LightningError, ResumeError
 from lightning_rl.memory import keep_freed_memory
 from lightning_rl.recipe import Recipe, load_recipe
+from tracers.commands.otlp import Collector
 from trainers import loop
 from trainers.checkpoint import TrainState, checkpoints, read_state
 from trainers.console import Console, duration
 from trainers.curve import plot_curve
 from trainers.evaluation import Score
+from trainers.otlp_sink import OtlpSink, collector_of
 from trainers.ranks import RankConfig, Ranks
 from trainers.rollouts import as_tasks, eval_starts, load_tasks, tasks_digest
 from trainers.run_directory import RunDirectory, create_run, open_run, write_json
 from trainers.session import Session, open_session
 from trainers.tracking import MetricsFile, Sink, Wandb
 from trainers.warm_start_stage import warm_start
+
+if TYPE_CHECKING:
+    from trainers.learner import Learner
 
 
 def start_run(recipe_path: Path, overrides: Sequence[str]) -> int:
@@ -87,7 +92,8 @@ def _stages(recipe: Recipe, run: RunDirectory, splits: Mapping[str, list[dict[st
     tasks = {split: as_tasks(splits[split]) for split in ("train", "eval")}
     found = checkpoints(run.checkpoints)
     state = read_state(found[-1]) if found else None
-    with open_session(recipe, run, console) as session, _sinks(recipe, run, state) as sinks:
+    collector = collector_of(recipe.tracking.otlp) if recipe.tracking.otlp else None
+    with open_session(recipe, run, console) as session, _sinks(session, state, collector) as sinks:
         # The base model can only be measured before the first publish: a resumed run has it in the store.
         base = session.evaluation("base") if state else loop.evaluate(session, tasks["eval"], "base", sinks, 0)
         scores = {"base": (0, base)}
@@ -108,24 +114,32 @@ def _stages(recipe: Recipe, run: RunDirectory, splits: Mapping[str, list[dict[st
 
 
 @contextlib.contextmanager
-def _learner(session: Session, start_from: Path | None) -> Iterator[Any]:
-    from trainers.deepspeed_engine import init_distributed, leave_distributed
-
-    recipe, run = session.recipe, session.run
+def _learner(session: Session, start_from: Path | None) -> Iterator[Learner]:
+    go_on = f"go on with: lrl train --resume {os.path.relpath(session.run.path)}"
     with contextlib.ExitStack() as stack:
         with session.timed("load"), session.console.stage("start trainer"):
-            from trainers.learner import Learner
+            opened = open_learner(session.recipe, session.run, session.model_dir, start_from, go_on)
+            learner = stack.enter_context(opened)
+        yield learner
 
-            config = RankConfig(
-                recipe=str(run.recipe),
-                model_dir=str(session.model_dir),
-                start_from=str(start_from) if start_from else None,
-                parent_pid=os.getpid(),
-            )
-            go_on = f"go on with: lrl train --resume {os.path.relpath(run.path)}"
-            ranks = stack.enter_context(Ranks(recipe.train.world_size, config, run.logs, go_on))
-            init_distributed()
-            learner = Learner(recipe, session.model_dir, start_from)
+
+@contextlib.contextmanager
+def open_learner(
+    recipe: Recipe, run: RunDirectory, model_dir: Path, start_from: Path | None, go_on: str
+) -> Iterator[Learner]:
+    """All trainer ranks, this process being rank 0; the others read the recipe from the run. `go_on` is said if one dies."""
+    from trainers.deepspeed_engine import init_distributed, leave_distributed
+    from trainers.learner import Learner
+
+    config = RankConfig(
+        recipe=str(run.recipe),
+        model_dir=str(model_dir),
+        start_from=str(start_from) if start_from else None,
+        parent_pid=os.getpid(),
+    )
+    with Ranks(recipe.train.world_size, config, run.logs, go_on) as ranks:
+        init_distributed()
+        learner = Learner(recipe, model_dir, start_from)
         yield learner
         ranks.leave()
         learner.stop()
@@ -133,12 +147,15 @@ def _learner(session: Session, start_from: Path | None) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _sinks(recipe: Recipe, run: RunDirectory, state: TrainState | None) -> Iterator[list[Sink]]:
+def _sinks(session: Session, state: TrainState | None, collector: Collector | None) -> Iterator[list[Sink]]:
+    recipe, run = session.recipe, session.run
     metrics = MetricsFile(run.metrics, history=state.history if state else [])
     sinks: list[Sink] = [metrics]
     if recipe.tracking.wandb:
         wandb = recipe.tracking.wandb
         sinks.append(Wandb(run, wandb.project, wandb.mode, recipe.name, recipe.model_dump(mode="json")))
+    if recipe.tracking.otlp and collector:
+        sinks.append(OtlpSink(collector, session.store, recipe.tracking.otlp.content, session.console.say))
     try:
         yield sinks
     except BaseException:

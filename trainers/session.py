@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_rl.episode import Episode, EpisodeStart, Outcome
+from lightning_rl.episode import Episode, EpisodeStart
 from lightning_rl.errors import LightningError
 from lightning_rl.recipe import Recipe
 from lightning_rl.store import Store
+from lightning_rl.store.place import settle_store
 from rollout_server.launch import RolloutServer
 from rollout_server.models.catalog import resolve_model
 from trainers.console import Console
 from trainers.evaluation import Score, last_attempts, score, success_values
 from trainers.run_directory import RunDirectory, write_json
-from trainers.runners import EpisodeResult, RunnerPool
+from trainers.runner.pool import EpisodeResult, RunnerPool
+from trainers.serving import answering, running
 
 
 @dataclass
@@ -84,10 +87,12 @@ def open_session(recipe: Recipe, run: RunDirectory, console: Console) -> Iterato
     """Start the server on the recipe's model, with the run's store, and a pool of agent processes."""
     seconds = json.loads(run.seconds.read_text()) if run.seconds.exists() else {}
     started = time.monotonic()
+    answered = answering(recipe, os.environ)
     with contextlib.ExitStack() as stack:
         with console.stage("load model"):
             model_dir = resolve_model(recipe.model.name)
-        store = stack.enter_context(Store.open(run.store))
+        place = settle_store(run.path, recipe.recording.store)
+        store = stack.enter_context(Store.open(place))
         with console.stage("start server"):
             server = stack.enter_context(
                 RolloutServer(
@@ -96,27 +101,16 @@ def open_session(recipe: Recipe, run: RunDirectory, console: Console) -> Iterato
                     recipe.model.dtype,
                     device="cpu",  # where the trainer computes: both round alike
                     log_dir=run.logs,
-                    store=run.store,
+                    store=place,
                     aliases=["*"],
                     kv_tokens=recipe.server.kv_tokens,
                     page_size=recipe.server.page_size,
                     max_batch=recipe.server.max_batch,
                     threads=recipe.server.threads,
                     batch_invariant=recipe.server.batch_invariant,
+                    **answered,
                 )
             )
-        outcomes = recipe.agent.outcomes
-        pool = stack.enter_context(
-            RunnerPool(
-                agent_function=recipe.resolve_function(recipe.agent.function),
-                reward_function=recipe.resolve_function(recipe.reward.function),
-                store=store,
-                server_url=server.base_url,
-                concurrency=recipe.agent.concurrency,
-                timeout_s=recipe.agent.timeout_s,
-                max_attempts=recipe.agent.max_attempts,
-                outcome_policy={outcome: getattr(outcomes, outcome.value) for outcome in Outcome},
-            )
-        )
+        pool = stack.enter_context(RunnerPool(store=store, server_url=server.base_url, **running(recipe, os.environ)))
         seconds["start"] = seconds.get("start", 0.0) + time.monotonic() - started
         yield Session(recipe, run, model_dir, store, server, pool, console, seconds)

@@ -1,4 +1,4 @@
-"""Where figures go: `metrics.jsonl` always, W&B when the recipe asks for it.
+"""Where figures go: `metrics.jsonl` always, W&B when the recipe asks for it (traces: `otlp_sink`).
 
 W&B never prompts and never needs a network: without a key it records offline, to be sent later by `wandb sync`.
 """

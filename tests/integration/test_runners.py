@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from lightning_rl.episode import EpisodeStart, Outcome, Sampling, Task
+from lightning_rl.recipe.functions import resolve_reference
 from lightning_rl.store import Store
-from trainers.runners import EpisodeResult, RunnerPool, episode_id, next_attempt
+from trainers.runner.pool import EpisodeResult, RunnerPool, episode_id, next_attempt
 
 ROOT = Path(__file__).parents[2]
 AGENTS = '''
@@ -50,6 +52,16 @@ def vanishes(task):
     print("good\\x1b[31mbye", flush=True)
     os._exit(7)
 
+def babbles(task):
+    import socket, stat
+    for number in range(3, 64):
+        try:
+            if stat.S_ISSOCK(os.fstat(number).st_mode):
+                os.write(number, b"\\0\\0\\0\\4babble")
+        except OSError:
+            pass
+    time.sleep(300)
+
 def segfaults(task):
     os.kill(os.getpid(), 11)
 
@@ -60,6 +72,29 @@ def hangs(task):
     child = subprocess.Popen(["sleep", "300"])
     Path(task["folder"], task["id"] + "-child").write_text(str(child.pid))
     time.sleep(300)
+
+def leaves_daemons(task):
+    """What an MCP server or a browser is: a session of its own, and one whose parent has gone."""
+    child = subprocess.Popen(["sleep", "300"], start_new_session=True)
+    Path(task["folder"], "direct").write_text(str(child.pid))
+    subprocess.run(["sh", "-c", "setsid sleep 300 & echo $! > $0", task["folder"] + "/orphan"])
+    return 1
+
+def leaves_threads(task):
+    import threading
+    from concurrent.futures import ThreadPoolExecutor
+    global pool
+    pool = ThreadPoolExecutor(2)  # its idle workers are not waited for
+    pool.submit(lambda: None)
+
+    def late(name):
+        time.sleep(0.3)
+        with lrl.span("in " + name):
+            lrl.reward(0.5, name)
+
+    threading.Thread(target=late, args=["thread"]).start()
+    pool.submit(late, "pool")
+    return "words"
 
 def nonsense(task):
     return {"a": object()}
@@ -99,6 +134,57 @@ def calls_the_server(task):
     client = OpenAI(max_retries=0)
     return client.chat.completions.create(model=os.environ["OPENAI_MODEL"], messages=[]).id
 
+def strange(task):
+    match task["number"]:
+        case 0:
+            os.kill(os.getpid(), 19)
+        case 1:
+            import ctypes
+            ctypes.PyDLL(None).sleep(300)  # with the interpreter's lock
+        case _:
+            end = time.monotonic() + 3.5
+            while time.monotonic() < end:
+                pass
+            return "busy"
+
+def environment(task):
+    return dict(os.environ)
+
+def returns(task):
+    return eval(task["value"])
+
+def emits_and_returns(task):
+    lrl.reward(0.25, "emitted")
+    return "words"
+
+def leaves_spans_open(task):
+    lrl.span("forgotten", kind="tool").__enter__()
+    return 1
+
+def big_tool_result(task):
+    with lrl.span("tool", kind="tool", result="x" * 10_000_000):
+        return 1
+
+def links(task):
+    """Says what a framework's hook would, and writes what the server would."""
+    from lightning_rl.episode import Call, CallLink, Span
+    from lightning_rl.store import Store
+    from tracers.context import current_rollout
+    episode = os.environ["LRL_EPISODE"]
+    call = Call(id="c1", episode_id=episode, index=0, model="m", prompt_ids=[1], sampled_ids=[2], logprobs=[-1.0],
+                versions=[0], temperature=1.0, finish_reason="stop", response_id="r1")
+    with Store.open(task["store"]) as store, lrl.span("node") as place:
+        store.add_calls([call], [Span(id="s1", episode_id=episode, name="served", kind="tool")])
+        current_rollout().emit(CallLink(episode_id=episode, response_id="r1", span_id=place.id))
+    return 1
+
+def items(task):
+    yield 1
+    yield 2
+
+async def async_items(task):
+    yield 1
+
 def calls_elsewhere(task):
     from openai import OpenAI
     client = OpenAI(max_retries=0, base_url="http://127.0.0.1:99/v1")
@@ -117,6 +203,23 @@ def as_list(task, episode):
 
 def broken(task, episode):
     raise RuntimeError("bad reward function")
+
+async def linked(task, episode):
+    (call,), spans = episode.calls, {span.name: span for span in episode.spans}
+    assert call.span_id == spans["node"].id
+    return [
+        lrl.Reward(episode_id=episode.id, name="call", value=True, call_id=call.id),
+        lrl.Reward(episode_id=episode.id, name="span", value=2, span_id=spans["served"].id),
+    ]
+
+def nowhere(task, episode):
+    return [lrl.Reward(episode_id=episode.id, name="x", value=1, span_id="none such")]
+
+def a_number(task, episode):
+    return 1.0
+
+def a_word(task, episode):
+    return {"x": "high"}
 
 def nan(task, episode):
     return {"x": float("nan")}
@@ -146,10 +249,10 @@ def make_pool(tmp_path: Path, store: Store) -> Iterator[MakePool]:
     (tmp_path / "my_rewards.py").write_text(REWARDS)
     (tmp_path / "helper.py").write_text("def half(n): return n / 2")
 
-    def make(agent: str, reward: str = "score", **settings: Any) -> RunnerPool:
+    def make(agent: str, reward: str | None = "score", **settings: Any) -> RunnerPool:
         pool = RunnerPool(
             agent_function=(tmp_path / "my_agents.py", agent),
-            reward_function=(tmp_path / "my_rewards.py", reward),
+            reward_function=(tmp_path / "my_rewards.py", reward) if reward else None,
             store=store,
             **{"server_url": "http://127.0.0.1:9", "timeout_s": 30.0, "concurrency": 4} | settings,
         )
@@ -241,6 +344,124 @@ def test_async_and_decorated_agents(make_pool: MakePool, store: Store, agent: st
     assert {reward.name: reward.value for reward in result.rewards} == {"spans": 1}
 
 
+def test_the_environment_points_every_sdk_at_the_episode(make_pool: MakePool) -> None:
+    (first, second) = make_pool("environment", None, must_reward=False).run(starts(2))
+    for result in (first, second):
+        base = f"http://127.0.0.1:9/e/{result.start.id}"
+        wanted = {
+            "OPENAI_BASE_URL": f"{base}/v1",
+            "ANTHROPIC_BASE_URL": base,
+            "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"{base}/v1/traces",
+            "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
+            "OTEL_METRICS_EXPORTER": "none",
+            "OTEL_LOGS_EXPORTER": "none",
+            "LRL_EPISODE": result.start.id,
+        }
+        assert result.answer.items() >= wanted.items()
+        assert "127.0.0.1" in result.answer["NO_PROXY"].split(",")
+
+
+@pytest.mark.parametrize(("agent", "answer"), [("items", [1, 2]), ("async_items", [1])])
+def test_an_agent_may_be_a_generator(make_pool: MakePool, agent: str, answer: list[int]) -> None:
+    assert one(make_pool(agent)).answer == answer
+
+
+def test_modules_are_loaded_as_imports_would(tmp_path: Path, store: Store) -> None:
+    package = tmp_path / "my_package"
+    package.mkdir()
+    (package / "agents.py").write_text("from .helper import half\ndef solve(task): return half(task['number'] + 1)")
+    (package / "helper.py").write_text("def half(number): return number / 2")
+    reference = resolve_reference(str(resolve_reference("my_package.agents:solve", tmp_path)), Path("/"))
+    with RunnerPool(agent_function=reference, store=store, server_url="http://127.0.0.1:9") as pool:
+        assert one(pool).answer == 0.5
+
+
+def test_links_reach_the_store_and_the_reward_function(make_pool: MakePool, store: Store, tmp_path: Path) -> None:
+    result = one(make_pool("links", "linked"), store=str(tmp_path / "episodes.db"))
+    assert result.outcome is Outcome.COMPLETED, result.error
+    episode = store.episode(result.start.id)
+    spans = {span.name: span.id for span in episode.spans}
+    assert [call.span_id for call in episode.calls] == [spans["node"]]
+    assert {reward.name: (reward.value, reward.call_id, reward.span_id) for reward in episode.rewards} == {
+        "call": (1.0, "c1", None),
+        "span": (2.0, None, "s1"),
+    }
+
+
+# rewards that the agent gives -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "rewards"),
+    [
+        ("0.5", {"return": 0.5}),
+        ("True", {"return": 1.0}),
+        ("{'a': 1, 'b': 0.25}", {"a": 1.0, "b": 0.25}),
+        ("{'a': __import__('numpy').float32(0.5)}", {"a": 0.5}),
+        ("__import__('numpy').float32(0.5)", {"return": 0.5}),
+        ("__import__('fractions').Fraction(1, 4)", {"return": 0.25}),
+    ],
+)
+def test_returned_numbers_are_rewards(make_pool: MakePool, value: str, rewards: dict[str, float]) -> None:
+    result = one(make_pool("returns", None, reward_names=["a"]), value=value)
+    assert (result.outcome, result.counted) == (Outcome.COMPLETED, True), result.error
+    assert {reward.name: reward.value for reward in result.rewards} == rewards
+
+
+def test_numbers_by_names_that_the_recipe_does_not_have_are_an_answer(make_pool: MakePool) -> None:
+    value = "{'rooms': __import__('numpy').int64(3), 'prices': [__import__('numpy').float32(0.5)]}"
+    result = one(make_pool("returns", None, reward_names=["a"], must_reward=False), value=value)
+    assert (result.outcome, result.rewards) == (Outcome.COMPLETED, []), result.error
+    assert result.answer == {"rooms": 3, "prices": [0.5]}, "numbers of other libraries are numbers, however deep"
+    (rooms,) = make_pool("returns", None, reward_names=["a"]).run([starts(2, value="{'rooms': 3}")[1]])
+    assert "it returned dict {'rooms': 3} and emitted none" in str(rooms.error)
+    assert "numbers by names of which reward.weights or evaluate.success has one" in str(rooms.error)
+
+
+def test_a_task_that_cannot_be_recorded_costs_its_own_episode(make_pool: MakePool, store: Store) -> None:
+    heard: list[EpisodeResult] = []
+    bad, good = starts(2)
+    bad = msgspec.structs.replace(bad, task=Task(id="t0", input={"text": "half of a letter: \ud83d"}))
+    refused, fine = make_pool("echo").run([bad, good], heard.append)
+    assert (refused.outcome, refused.counted, fine.counted) == (Outcome.INFRASTRUCTURE_ERROR, False, True)
+    assert "the task cannot be recorded" in str(store.episode(refused.start.id).error)
+    assert {result.start.id for result in heard} == {bad.id, good.id}
+
+
+def test_an_agent_that_gives_no_proper_reward_fails_and_the_others_go_on(make_pool: MakePool, store: Store) -> None:
+    bad = {
+        "float('nan')": "the agent returned the reward return = nan; a reward must be a finite number",
+        "{'a': 1, 'b': float('-inf')}": "the agent returned the reward b = -inf; a reward must be a finite number",
+        "10 ** 400": "a reward must be a finite number",
+        "'0.5'": "the agent gave no reward: it returned str '0.5' and emitted none. Return a number",
+        "{'a': 'high'}": "it returned dict {'a': 'high'}",
+        "None": "it returned NoneType None",
+    }
+    pool = make_pool("returns", None, reward_names=["a"])
+    tasks = [
+        msgspec.structs.replace(start, task=Task(id=start.task.id, input={"value": value}))
+        for start, value in zip(starts(len(bad) + 2), [*bad, "1", ""], strict=True)
+    ]
+    *failed, good = pool.run(tasks[: len(bad) + 1])
+    for result, said in zip(failed, bad.values(), strict=True):
+        assert result.outcome is Outcome.AGENT_ERROR
+        assert said in str(store.episode(result.start.id).error)
+    assert good.counted
+    (emitted,) = make_pool("emits_and_returns", None).run(tasks[-1:])
+    assert emitted.counted, "emitted rewards are enough"
+
+
+def test_what_an_agent_leaves_open_and_what_is_huge_is_recorded(make_pool: MakePool, store: Store) -> None:
+    forgetful, large = starts(2)
+    (forgot,) = make_pool("leaves_spans_open", None).run([forgetful])
+    spans = {span.name: span for span in store.episode(forgot.start.id).spans}
+    assert spans["forgotten"].error == "never ended"
+    assert spans["leaves_spans_open"].error is None
+    (big,) = make_pool("big_tool_result", None).run([large])
+    (tool,) = [span for span in store.episode(big.start.id).spans if span.kind == "tool"]
+    assert tool.attributes["result"] == "x" * 10_000_000
+
+
 # what fails -----------------------------------------------------------------------------------------------------------
 
 
@@ -251,6 +472,7 @@ def test_async_and_decorated_agents(make_pool: MakePool, store: Store, agent: st
         ("exits", Outcome.AGENT_ERROR, ["SystemExit: 3"]),
         ("vanishes", Outcome.AGENT_ERROR, ["exit code 7", "bye"]),
         ("segfaults", Outcome.INFRASTRUCTURE_ERROR, ["signal 11"]),
+        ("babbles", Outcome.INFRASTRUCTURE_ERROR, ["something else than messages"]),
         ("nonsense", Outcome.AGENT_ERROR, ["not JSON", "dict"]),
         ("huge_number", Outcome.AGENT_ERROR, ["not JSON"]),
         ("not_a_number", Outcome.AGENT_ERROR, ["not JSON"]),
@@ -294,6 +516,33 @@ def test_a_hanging_agent_is_killed_with_all_it_started(make_pool: MakePool, stor
         assert wait_until(lambda pid=pid: not alive(pid))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="orphans are adopted on Linux")
+def test_processes_that_left_the_episodes_session_end_with_it(make_pool: MakePool, tmp_path: Path) -> None:
+    assert one(make_pool("leaves_daemons", None), folder=str(tmp_path)).outcome is Outcome.COMPLETED
+    for name in ("direct", "orphan"):
+        pid = int((tmp_path / name).read_text())
+        assert wait_until(lambda pid=pid: not alive(pid)), name
+
+
+def test_threads_that_an_agent_has_left_running_are_waited_for(make_pool: MakePool, store: Store) -> None:
+    result = one(make_pool("leaves_threads", None))
+    assert (result.outcome, result.answer) == (Outcome.COMPLETED, "words"), result.error
+    assert {reward.name: reward.value for reward in result.rewards} == {"thread": 0.5, "pool": 0.5}
+    assert result.seconds < 10
+    spans = {span.name: span for span in store.episode(result.start.id).spans}
+    root = spans["leaves_threads"].id
+    assert [spans[f"in {name}"].parent_id for name in ("thread", "pool")] == [root, root], "it is the root's work"
+
+
+def test_silence_is_found_and_a_busy_agent_is_not_silent(make_pool: MakePool) -> None:
+    stopped, stuck, busy = make_pool("strange", heartbeat_s=2.0, max_attempts=1).run(starts(3))
+    for result in (stopped, stuck):
+        assert result.outcome is Outcome.TIMEOUT
+        assert "the agent showed no sign of life for 2 s and was killed" in str(result.error)
+        assert 2.0 <= result.seconds < 15
+    assert busy.answer == "busy", busy.error
+
+
 def test_the_recipe_may_score_a_timeout(make_pool: MakePool, store: Store, tmp_path: Path) -> None:
     pool = make_pool("hangs", timeout_s=1.0, outcome_policy={Outcome.TIMEOUT: "score"})
     result = one(pool, folder=str(tmp_path))
@@ -311,7 +560,15 @@ def test_the_recipe_may_score_an_agent_error(make_pool: MakePool) -> None:
 
 @pytest.mark.parametrize(
     ("reward", "said"),
-    [("broken", "bad reward function"), ("nan", "finite number"), ("dies", "exit code 0"), ("hangs", "within 2 s")],
+    [
+        ("broken", "bad reward function"),
+        ("nan", "finite number"),
+        ("a_word", "reward 'x' must be a finite number, not str 'high'"),
+        ("a_number", "return {name: number} or a list of rewards, not float 1.0"),
+        ("nowhere", "put at the span 'none such', which this episode does not have"),
+        ("dies", "exit code 0"),
+        ("hangs", "within 2 s"),
+    ],
 )
 def test_a_failing_reward_function_is_not_the_agents_fault(
     make_pool: MakePool, store: Store, reward: str, said: str
@@ -415,7 +672,7 @@ def test_nothing_outlives_a_killed_trainer(tmp_path: Path) -> None:
 from pathlib import Path
 from lightning_rl.episode import EpisodeStart, Task
 from lightning_rl.store import Store
-from trainers.runners import RunnerPool
+from trainers.runner.pool import RunnerPool
 here = Path({str(tmp_path)!r})
 start = EpisodeStart(id="x", task=Task(id="t0", input={{"folder": str(here)}}), phase="train")
 store = Store.open(here / "e.db")

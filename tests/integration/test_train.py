@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_rl.ledger import Ledger
 from lightning_rl.store import Store
+from trainers.run import latest_policy
 from trainers.run_directory import RunDirectory, open_run
 
 ROOT = Path(__file__).parents[2]
@@ -159,6 +160,24 @@ def test_export_is_a_checkpoint_that_transformers_loads(whole: RunDirectory, tmp
         logprobs = torch.log_softmax(model(ids).logits[0, :-1], -1).gather(1, ids[0, 1:, None])[:, 0]
     assert logprobs[-len(call.sampled_ids) :].tolist() == pytest.approx(call.logprobs, abs=1e-4)
     assert tokenizer.decode(call.prompt_ids).startswith("<|im_start|>system")
+
+
+def test_replaying_a_run_makes_its_policy_again_bit_for_bit(whole: RunDirectory, tmp_path: Path) -> None:
+    words = ["replay", whole.path, "--train", "--out", "again", "--json", "steps.json"]
+    process = lrl("traces", *words, cwd=tmp_path)
+    output = finish(process)
+    assert process.returncode == 0, output
+    steps = [json.loads(line) for line in (tmp_path / "steps.json").read_text().splitlines()]
+    lived = [json.loads(line) for line in whole.metrics.read_text().splitlines()]
+    lived = [line for line in lived if "evaluation" not in line]
+    for replayed, live in zip(steps, lived, strict=True):
+        assert all(call["then"] == call["now"] for e in replayed["episodes"] for call in e["calls"].values())
+        assert replayed["ledger"]["now"] == live["ledger"]
+        assert (replayed["train"]["loss"], replayed["train"]["gradient_norm"]) == (live["loss"], live["gradient_norm"])
+    ours, theirs = (load_file(latest_policy(run) / "adapter_model.safetensors")
+                    for run in (open_run(tmp_path / "again"), whole))  # fmt: skip
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].equal(theirs[name]) for name in ours), "the replayed run has other weights"
 
 
 def test_traces_shows_what_happened(whole: RunDirectory, tmp_path: Path) -> None:

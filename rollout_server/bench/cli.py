@@ -1,4 +1,4 @@
-"""`lrl bench rollout`: scenarios × engines × rounds, interleaved, then the table."""
+"""`lrl bench rollout`: scenarios × engines × rounds, interleaved, then the table. `lrl bench tracing`: what tracing costs."""
 
 from __future__ import annotations
 
@@ -54,10 +54,74 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, help="threads of every engine (default: all processors)")
     add("--kv-tokens", type=int, default=65536, help="tokens that an engine's KV cache holds (%(default)s)")
     add("--seed", type=int, default=0, help="of prompts and sampling (%(default)s)")
+    _configure_tracing(commands)
+
+
+def _configure_tracing(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    tracing = commands.add_parser(
+        "tracing",
+        help="what tracing adds to an agent's calls, beside the same agent untraced",
+        description="Run one agent untraced and traced in turns against a web process in front of a scripted engine; print "
+        "what tracing adds to a call and takes from the throughput. See docs/bench.md.",
+    )
+    add = tracing.add_argument
+    add(
+        "--real",
+        nargs="?",
+        const="tiny-llama",
+        metavar="MODEL",
+        help="a real engine with this model (%(const)s) instead of a scripted one",
+    )
+    add("--token-ms", type=float, default=0.0, help="a scripted engine's time for a token (%(default)s)")
+    add("--calls", type=int, default=4, help="of an episode (%(default)s)")
+    add("--episodes", type=int, default=20, help="one after the other, of each kind in each round (%(default)s)")
+    add("--at-once", type=int, default=64, help="episodes at once where throughput is measured (%(default)s)")
+    add("--waves", type=int, default=4, help="so many times --at-once episodes in each round (%(default)s)")
+    add("--repeat", type=int, default=10, metavar="R", help="rounds (%(default)s)")
+    add("--peer-python", type=Path, metavar="PATH", help=f"python of an environment with agentlightning ({MAKE})")
+    add(
+        "--peer-processes",
+        type=int,
+        default=4,
+        metavar="N",
+        help="agentlightning runs one episode in each (%(default)s)",
+    )
+    add("--json", type=Path, metavar="FILE", help="write the rows here")
+
+
+def _run_tracing(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from rollout_server.bench.tracing import Plan, measure
+    from rollout_server.bench.tracing_report import table, write_json
+
+    for name in ("calls", "episodes", "at_once", "waves", "repeat", "peer_processes"):
+        if getattr(args, name) < 1:
+            raise ServerError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1 is needed")
+    plan = Plan(
+        real=args.real,
+        token_ms=args.token_ms,
+        calls=args.calls,
+        episodes=args.episodes,
+        at_once=args.at_once,
+        waves=args.waves,
+        rounds=args.repeat,
+        peer_python=args.peer_python,
+        peer_processes=args.peer_processes,
+        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+    )
+    with tempfile.TemporaryDirectory(prefix="lrl-bench-") as scratch:
+        rows = measure(plan, Path(scratch), Console(stderr=True).print)
+    if args.json is not None:
+        write_json(rows, args.json)
+    Console(width=None if os.isatty(1) else 160).print(table(rows))
+    return 0
 
 
 def run(args: argparse.Namespace) -> int:
     """Raises ServerError, MissingExtra or ModelError when something cannot be run as asked."""
+    if args.bench == "tracing":
+        return _run_tracing(args)
     from rich.console import Console
 
     from rollout_server.bench.report import table, write_json

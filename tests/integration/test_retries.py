@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from rollout_server import messages as m
 from rollout_server.api import retries
 from rollout_server.api.rendering.render import Renderer
 from tests.integration.scripted_manager import one_by_one, tokens
-from tests.integration.served_web import CHAT, Served, eventually, hello, never, served
+from tests.integration.served_web import CHAT, Served, eventually, hello, never, request, served
 from tests.unit.test_render import TOOL
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
@@ -287,11 +288,15 @@ def test_a_retry_waits_for_what_it_repeats(house: House) -> None:
 def test_what_was_broken_off_is_sampled_anew(house: House) -> None:
     house.begin("broken")
     manager = house.web.manager
-    manager.script = lambda submit: [tokens(submit, [100])]
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{house.web.url}/e/broken{CHAT}", json=hello(), timeout=0.3)
+    manager.script = lambda submit: (
+        [tokens(submit, [100])] if len(manager.submitted) == 1 else house.something_new(submit)
+    )
+    line = house.web.connect()
+    body = json.dumps(hello()).encode()
+    line.sendall(request(f"/e/broken{CHAT}", body))
     eventually(lambda: len(manager.submitted) == 1)
-    manager.script = house.something_new
+    time.sleep(0.1)
+    line.close()
     again = house.post("broken", **AGAIN).json()
     aborted, whole = house.calls("broken")
     assert (aborted.finish_reason, whole.response["content"]) == ("abort", again["choices"][0]["message"]["content"])

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from lightning_rl.episode import EpisodeStart, Outcome, Sampling, Task
+from lightning_rl.episode import EpisodeStart, Outcome, Sampling, Span, Task
 from lightning_rl.recipe.functions import resolve_reference
 from lightning_rl.store import Store
 from trainers.runner.pool import EpisodeResult, RunnerPool, episode_id, next_attempt
@@ -51,6 +51,12 @@ def exits(task):
 def vanishes(task):
     print("good\\x1b[31mbye", flush=True)
     os._exit(7)
+
+def too_deep(task):
+    answer = []
+    for _ in range(400):
+        answer = [answer]
+    return answer
 
 def babbles(task):
     import socket, stat
@@ -462,6 +468,20 @@ def test_what_an_agent_leaves_open_and_what_is_huge_is_recorded(make_pool: MakeP
     assert tool.attributes["result"] == "x" * 10_000_000
 
 
+def test_a_number_that_no_message_holds_ends_no_run(make_pool: MakePool, store: Store) -> None:
+    """A policy may write any number into a tool's arguments, and the server keeps what it wrote."""
+    (start,) = starts(1)
+
+    def seen_by_the_server(begun: EpisodeStart) -> None:
+        arguments = {"a": 10**30, "b": "half of a pair: \ud83d"}
+        store.add_spans([Span(id="t", episode_id=begun.id, name="t", kind="tool", attributes={"arguments": arguments})])
+
+    (result,) = make_pool("echo").run([start], on_begin=seen_by_the_server)
+    assert result.counted
+    (span,) = [span for span in store.episode(start.id).spans if span.id == "t"]
+    assert span.attributes["arguments"]["a"] == 10**30
+
+
 # what fails -----------------------------------------------------------------------------------------------------------
 
 
@@ -475,6 +495,7 @@ def test_what_an_agent_leaves_open_and_what_is_huge_is_recorded(make_pool: MakeP
         ("babbles", Outcome.INFRASTRUCTURE_ERROR, ["something else than messages"]),
         ("nonsense", Outcome.AGENT_ERROR, ["not JSON", "dict"]),
         ("huge_number", Outcome.AGENT_ERROR, ["not JSON"]),
+        ("too_deep", Outcome.AGENT_ERROR, ["not JSON", "64 levels"]),
         ("not_a_number", Outcome.AGENT_ERROR, ["not JSON"]),
         ("missing", Outcome.AGENT_ERROR, ["has no function 'missing'"]),
         ("calls_the_server", Outcome.INFRASTRUCTURE_ERROR, ["APIConnectionError"]),

@@ -183,10 +183,13 @@ class FrameworkSpans:
 
     def _remember(self, key: Hashable, run: _Run) -> None:
         self._runs[key] = run
-        known = self._of.setdefault(run.rollout, [])
+        known = self._of.get(run.rollout)
+        if known is None:
+            mine: list[Hashable] = []
+            known = self._of.setdefault(run.rollout, mine)
+            if known is mine:
+                run.rollout.when_closed(lambda: self._forget(run.rollout))
         known.append(key)
-        if len(known) == 1:
-            run.rollout.when_closed(lambda: self._forget(run.rollout))
 
     def _forget(self, rollout: Rollout) -> None:
         for key in self._of.pop(rollout, ()):

@@ -22,9 +22,11 @@ from lightning_rl.episode import Outcome
 from trainers.runner.fork_server import EXIT_CODE, OWN_FAILURE, ForkServer
 from trainers.runner.words import LENGTH, Beat, Done, Emitted, Ended, Job, Recorded, decode_word, framed
 
-SEND_SECONDS = 5.0
+START_SECONDS = 120.0
+"""In which a process must begin: the one that forks may first have to import what agents import."""
 OUTPUT_TAIL = 4000
 MAX_WORD = 1 << 30  # bytes: more than any answer or span
+WRITE_SIZE = 1 << 18
 READ_SIZE = 1 << 16  # what a pipe holds: one read takes all that an ended process left in it
 
 
@@ -48,10 +50,14 @@ class Attempt:
     """Why it was killed, if it took too long or was silent for too long."""
     _garbled: bool = False
     """Whether what its process said could not be read."""
+    _began: bool = False
+    """Whether its process has said anything: its time and its heartbeat count from then on."""
+    _unsent: bytearray = field(default_factory=bytearray)
     _received: bytearray = field(default_factory=bytearray)
     _printed: bytearray = field(default_factory=bytearray)
 
     def __post_init__(self) -> None:
+        self._unsent += framed(self.job)
         self.scoring = self.job.ended is not None
         self.spans, self.rewards, self.links = list(self.job.spans), list(self.job.rewards), list(self.job.links)
         self._connection, theirs = socket.socketpair()
@@ -66,11 +72,12 @@ class Attempt:
         finally:
             theirs.close()
             os.close(output)
-        self._must_end = time.monotonic() + self.timeout_s
+        self._must_end = time.monotonic() + START_SECONDS
         self.heard_at = time.monotonic()
         """When it last showed that it lives."""
-        self._send(self.job)
-        self.selector.register(self._connection, selectors.EVENT_READ, self._on_word)
+        self._connection.setblocking(False)
+        self.selector.register(self._connection, selectors.EVENT_READ, self._on_connection)
+        self._flush()
         self.selector.register(self._output, selectors.EVENT_READ, self._on_output)
         self.selector.register(self._status, selectors.EVENT_READ, self._on_exit)
 
@@ -80,15 +87,17 @@ class Attempt:
     @property
     def deadline(self) -> float:
         """When it is to be killed, if nothing is heard of it before."""
-        return float("inf") if self.timed_out else min(self._must_end, self.heard_at + self.heartbeat_s)
+        if self.timed_out:
+            return float("inf")
+        return min(self._must_end, self.heard_at + self.heartbeat_s) if self._began else self._must_end
 
     def time_out(self) -> None:
-        silent = self.heard_at + self.heartbeat_s < self._must_end
-        self.timed_out = (
-            f"showed no sign of life for {self.heartbeat_s:g} s"
-            if silent
-            else f"did not end within {self.timeout_s:g} s"
-        )
+        if not self._began:
+            self.timed_out = f"did not start within {START_SECONDS:g} s"
+        elif self.heard_at + self.heartbeat_s < self._must_end:
+            self.timed_out = f"showed no sign of life for {self.heartbeat_s:g} s"
+        else:
+            self.timed_out = f"did not end within {self.timeout_s:g} s"
         self.kill()
 
     def close(self) -> None:
@@ -130,7 +139,8 @@ class Attempt:
         """What it means that the process ended before it could say how it went."""
         who = "the reward function" if self.scoring else "the agent"
         if self.timed_out:
-            outcome, error = Outcome.TIMEOUT, f"{who} {self.timed_out} and was killed"
+            outcome = Outcome.TIMEOUT if self._began else Outcome.INFRASTRUCTURE_ERROR
+            error = f"{who} {self.timed_out} and was killed"
         elif self.exit_code is None:
             outcome, error = Outcome.INFRASTRUCTURE_ERROR, "the process that forks agents died"
         elif self.exit_code == OWN_FAILURE:
@@ -144,17 +154,35 @@ class Attempt:
     def _is_registered(self, source: Any) -> bool:
         return source in self.selector.get_map()
 
-    def _send(self, message: Job | Recorded) -> None:
-        self._connection.settimeout(SEND_SECONDS)
-        with contextlib.suppress(OSError):  # it died, or does not listen: its exit or its deadline will tell
-            self._connection.sendall(framed(message))
-        self._connection.setblocking(False)
+    def _send(self, message: Recorded) -> None:
+        self._unsent += framed(message)
+        self._flush()
+
+    def _flush(self) -> None:
+        """Write what there is room for; the rest when there is more."""
+        try:
+            while self._unsent:
+                del self._unsent[: self._connection.send(self._unsent[:WRITE_SIZE])]
+        except BlockingIOError:
+            pass
+        except OSError:  # it died: its exit will tell
+            self._unsent.clear()
+        if self._is_registered(self._connection):
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._unsent else 0)
+            self.selector.modify(self._connection, events, self._on_connection)
+
+    def _on_connection(self) -> None:
+        if self._unsent:
+            self._flush()
+        self._on_word()
 
     def _on_word(self) -> bool:
         data = self._read(self._connection, lambda: self._connection.recv(READ_SIZE))
         self._received += data
         if data:
             self.heard_at = time.monotonic()
+            if not self._began:
+                self._began, self._must_end = True, self.heard_at + self.timeout_s
         while len(self._received) >= LENGTH.size:
             (length,) = LENGTH.unpack_from(self._received)
             end = LENGTH.size + length
@@ -162,7 +190,10 @@ class Attempt:
                 break
             try:
                 word = decode_word(self._received[LENGTH.size : end])
-            except msgspec.DecodeError:  # the agent wrote into what it found open; nothing that follows can be read
+            except (
+                msgspec.DecodeError,
+                RecursionError,
+            ):  # the agent wrote into what it found open
                 self._garbled, self.done = True, None
                 self._received.clear()
                 self.kill()

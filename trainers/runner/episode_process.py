@@ -8,12 +8,14 @@ function does becomes an outcome with a traceback.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import random
 import shlex
 import socket
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -29,6 +31,7 @@ from lightning_rl.errors import LightningError
 from lightning_rl.join import episode_url
 from tracers.context import Event, Rollout, running
 from tracers.install import install
+from tracers.plain import DEEPEST
 from tracers.rewards import reward
 from tracers.rollout import is_rollout
 from tracers.spans import span
@@ -69,8 +72,9 @@ class NotJSON(LightningError):
 def main(connection: socket.socket) -> None:
     """Read a job, run it, and say how it went."""
     runner = connection.makefile("rb")
-    job = _receive(runner, Job)
     line = _Line(connection, runner)
+    line.say(Beat())
+    job = _receive(runner, Job)
     line.start_beating(job.beat_s)
     loaded = set(sys.modules)
     heard = _Heard(line.say, list(job.spans), list(job.rewards), list(job.links))
@@ -93,6 +97,7 @@ class _Line:
     def __init__(self, connection: socket.socket, runner: BinaryIO) -> None:
         self._connection, self._runner = connection, runner
         self._lock = threading.Lock()
+        self._among_processes = tempfile.TemporaryFile()  # noqa: SIM115 - it goes with the process
         # An agent may fork: in its child the lock must not be held by a thread that is not there.
         os.register_at_fork(
             before=self._lock.acquire, after_in_parent=self._lock.release, after_in_child=self._lock.release
@@ -101,7 +106,11 @@ class _Line:
     def say(self, word: Word) -> None:
         message = framed(word)
         with self._lock:
-            self._connection.sendall(message)
+            fcntl.lockf(self._among_processes, fcntl.LOCK_EX)  # forked children speak here, too
+            try:
+                self._connection.sendall(message)
+            finally:
+                fcntl.lockf(self._among_processes, fcntl.LOCK_UN)
 
     def ask(self) -> Recorded:
         self.say(Ended())
@@ -239,12 +248,19 @@ def _checked_json(answer: Any) -> Any:
     try:
         plain = json.loads(json.dumps(answer, allow_nan=False, default=_plain_number))
         encode(plain)  # also refuses integers of more than 64 bits
+        if _depth(plain) > DEEPEST:
+            raise ValueError(f"nested in more than {DEEPEST} levels")
         return plain
     except (TypeError, ValueError, RecursionError, OverflowError) as error:
         raise NotJSON(
             f"the agent returned a {type(answer).__name__}, which is not JSON ({error}); "
             "return text, numbers, lists or dicts"
         ) from None
+
+
+def _depth(value: Any) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if inner is None else 1 + max(map(_depth, inner), default=0)
 
 
 def _plain_number(value: Any) -> int | float:

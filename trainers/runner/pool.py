@@ -35,7 +35,7 @@ from lightning_rl.store import Store
 from trainers.runner.attempt import Attempt
 from trainers.runner.fork_server import ForkServer
 from trainers.runner.user_code import third_party_imports
-from trainers.runner.words import Command, Done, FunctionAt, Job, Recorded, encode
+from trainers.runner.words import Command, Done, FunctionAt, Job, Recorded, encode, plain
 
 Policy = Literal["score", "retry", "drop"]
 OutcomePolicy = Mapping[Outcome, Policy]
@@ -241,7 +241,12 @@ class RunnerPool:
     def _recorded(self, episode_id: str) -> Recorded:
         """What others than the agent's process have put into the store."""
         episode = self._store.episode(episode_id)
-        return Recorded(calls=episode.calls, spans=episode.spans, rewards=episode.rewards)
+        recorded = Recorded(calls=episode.calls, spans=episode.spans, rewards=episode.rewards)
+        try:
+            encode(recorded)
+        except (ValueError, OverflowError, RecursionError):  # a policy may write any number into a tool's arguments
+            return plain(recorded)
+        return recorded
 
     def _must_score(self, attempt: Attempt) -> bool:
         """Whether the agent's process is gone, could not score itself, and is to be scored all the same."""

@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from lightning_rl.automatic_rewards import AutomaticRules
 from lightning_rl.episode import Call, CallLink, EpisodeStart, Outcome, Reward, Span
+from tracers.plain import as_json
 
 LENGTH = struct.Struct("!I")
 FunctionAt = tuple[str, str, str]
@@ -99,6 +100,14 @@ class Done(Struct, frozen=True, kw_only=True, tag=True):
 Word = Beat | Emitted | Ended | Done
 decode_word = msgspec.msgpack.Decoder(Word).decode
 encode = msgspec.msgpack.Encoder().encode
+
+
+def plain(recorded: Recorded) -> Recorded:
+    """The same without what no message can hold: numbers of more than 64 bits, halves of characters, too deep nesting."""
+    put = msgspec.structs.replace
+    calls = [put(call, request=as_json(call.request), response=as_json(call.response)) for call in recorded.calls]
+    spans = [put(span, attributes=as_json(span.attributes)) for span in recorded.spans]
+    return Recorded(calls=calls, spans=spans, rewards=recorded.rewards)
 
 
 def framed(message: Struct) -> bytes:

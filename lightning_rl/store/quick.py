@@ -13,7 +13,7 @@ from collections import namedtuple
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from sqlalchemy import Engine
+from sqlalchemy import Engine, Select
 from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.exc import CompileError
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -80,8 +80,7 @@ class _Compiled:
         types = [compiled.binds[name].type.dialect_impl(dialect) for name in self.order]
         self.processors = [kind.bind_processor(dialect) for kind in types]
         self.statement = statement  # whose id is the key: it must not be another's
-        names = [column.keyname for column in compiled._result_columns]
-        self.row: Any = namedtuple("row", names) if names else None
+        self.row: Any = namedtuple("row", statement.selected_columns.keys()) if isinstance(statement, Select) else None
 
     def ordered(self, values: Parameters) -> tuple[Any, ...]:
         named = zip(self.order, self.processors, strict=True)

@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -137,7 +137,3 @@ def _import_deepspeed() -> Any:
     logger.setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-def trainable(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    return ((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from lightning_rl.episode import Call, Sampling, Span
+from lightning_rl.episode import Call, EpisodeStart, Sampling, Span
 from lightning_rl.errors import EpisodeEnded, StoreError
 from lightning_rl.otlp.read import Received
 from lightning_rl.store import Store
@@ -242,12 +242,14 @@ class Recorder:
         return None
 
     async def _open(self, episode_id: str) -> EpisodeLog:
-        start = await self._in_writer(lambda: self._store.start_of(episode_id))
+        def look_up() -> tuple[EpisodeStart | None, int, bool]:
+            store = self._store
+            return store.start_of(episode_id), store.next_call_index(episode_id), store.has_ended(episode_id)
+
+        start, next_index, ended = await self._in_writer(look_up)
         if start is None:
             raise ApiError(404, f"no episode {episode_id!r} in the store", code="episode_not_found")
-        next_index = await self._in_writer(lambda: self._store.next_call_index(episode_id))
         self._forget_idle()
-        ended = await self._in_writer(lambda: self._store.has_ended(episode_id))
         past = Sendings(has_past=next_index > 0)
         return EpisodeLog(episode_id, start.sampling, next_index, sendings=past, ended=ended)
 

@@ -97,6 +97,9 @@ class Call(Struct, frozen=True, kw_only=True):
     """Name of the provider that answered in the policy's place; such a call has no ids and is never trained on."""
     redacted: bool = False
     """Whether something was taken out of it before it was stored; such a call is not trained on."""
+    restricted: list[str] = field(default_factory=list)
+    """What made the distribution that it was sampled from another than softmax(logits / temperature): any of `grammar`, `top_p`,
+    `top_k`, `min_p`, `penalties`, `logit_bias`, `min_tokens`."""
     experts: bytes | None = None
     """MoE only: expert ids, int16 [tokens, layers, top_k]."""
     cached_tokens: int = 0

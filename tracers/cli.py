@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lightning_rl.errors import StoreError
+from tracers.commands.selection import HELP, selected
 
 if TYPE_CHECKING:
     from lightning_rl.store import Store
@@ -36,7 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     listing = actions.add_parser("list", help="one line per episode", description="One line per episode.")
     listing.add_argument("run", metavar="RUN", help="run directory, or episode database by file or URL")
     listing.add_argument("--phase", help="only this phase: train, eval-base, eval-final, …")
-    listing.add_argument("--step", type=int, help="only this training step")
+    listing.add_argument("--step", type=int, help=HELP)
     listing.add_argument("--limit", type=int, default=100, help="at most so many, the last ones (default: %(default)s)")
     showing = actions.add_parser("show", help="one episode in full", description="One episode in full.")
     showing.add_argument("run", metavar="RUN", help="run directory, or episode database by file or URL")
@@ -61,7 +62,8 @@ def run(options: argparse.Namespace) -> int:
     console = Console()
     with Store.open(store_of(options.run), create=False) as store:
         if options.action == "list":
-            summaries = store.starts(phase=options.phase, step=options.step)
+            phase, step = selected(store, options.phase, options.step)
+            summaries = store.starts(phase=phase, step=step)
             console.print(episode_table(summaries[-options.limit :]))
             if len(summaries) > options.limit:
                 console.print(f"the last {options.limit} of {len(summaries)} episodes; --limit shows more")

@@ -180,6 +180,8 @@ def _call_span(
         attributes[names.AGENT_NAME] = agent
     if call.parted_at is not None:
         attributes["lrl.call.parted_at"] = call.parted_at
+    if call.restricted:
+        attributes["lrl.call.restricted"] = call.restricted
     for name, field in ((names.TOP_P, "top_p"), (names.MAX_TOKENS, "max_tokens")):
         if isinstance(request.get(field), int | float):
             attributes[name] = request[field]

@@ -68,14 +68,15 @@ class Store:
     def open(cls, place: Path | str, *, create: bool = True) -> Self:
         """Open the file or database, and make what is missing in it. Also takes `sqlite:///PATH`.
 
-        Without `create`, as for those who only read, it must be there; a file may be one that cannot be written to.
+        Without `create`, as for those who only read, it must be there; a file may be one that cannot be written to. One of an
+        earlier version is brought up to date all the same, which takes the right to write.
         """
         database = database_at(place, create=create)
         transactions = Transactions(database)
         patience_s = min(database.patience_s, OPENING_PATIENCE_S)
         try:
             if transactions.read(database.must_prepare, "open", patience_s):
-                transactions.write(database.prepare, "open", patience_s)
+                _prepare(transactions, create, patience_s)
         except BaseException:
             transactions.close()
             raise
@@ -317,6 +318,21 @@ class Store:
         if row is None:
             raise StoreError(f"no episode {episode_id} in {self.place}")
         return row
+
+
+def _prepare(transactions: Transactions, create: bool, patience_s: float) -> None:
+    database = transactions.database
+    if create:
+        transactions.write(database.prepare, "open", patience_s)
+        return
+    try:
+        transactions.write(database.prepare, "bring up to date", patience_s)
+    except StoreError as error:
+        raise StoreError(
+            str(error),
+            hint="an earlier version of Lightning RL made it: open it once with the right to write (a file and its folder; in "
+            "PostgreSQL as the owner of its tables), or read it with that version",
+        ) from error
 
 
 def _link(connection: Connection, links: Iterable[CallLink]) -> None:

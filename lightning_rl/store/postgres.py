@@ -19,11 +19,12 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.schema import CreateSchema
 
 from lightning_rl.errors import MissingExtra, StoreError
-from lightning_rl.store.schema import SCHEMA_VERSION, metadata, version_table
+from lightning_rl.store.schema import SCHEMA_VERSION, UPGRADES, metadata, version_table
 
 SCHEMES = ("postgresql", "postgres", "postgresql+psycopg")
 RUN = "run"
 CONNECTING = {"connect_timeout": 10, "keepalives_idle": 30, "tcp_user_timeout": 30_000, "client_encoding": "utf8"}
+FIRST_VERSION = 3
 _PREPARING_LOCK = 0x4C524C  # any number that all processes agree on
 _PASSING_STATES = {"40001", "40P01", "53300", "57P01", "57P02", "57P03"}
 """Serialisation, deadlock, too many connections, shut down, crashed, starting up."""
@@ -93,17 +94,23 @@ class Postgres:
             if not self._create:
                 raise self._nothing(connection)
             return True
-        version = connection.execute(version_table.select()).scalar_one()
-        if version != SCHEMA_VERSION:
+        version = _version(connection)
+        if not FIRST_VERSION <= version <= SCHEMA_VERSION:
             raise StoreError(
                 f"{self.place} has version {version} of the episode store, this is version {SCHEMA_VERSION}",
                 hint="open it with the release of Lightning RL that made it",
             )
-        return False
+        return version != SCHEMA_VERSION
 
     def prepare(self, connection: Connection) -> None:
         connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_PREPARING_LOCK})")
         if not self.must_prepare(connection):
+            return
+        if inspect(connection).has_table(version_table.name):
+            for older in range(_version(connection), SCHEMA_VERSION):
+                for statement in UPGRADES[older]:
+                    connection.exec_driver_sql(statement)
+            connection.execute(version_table.update().values(version=SCHEMA_VERSION))
             return
         encoding = connection.exec_driver_sql("SHOW server_encoding").scalar_one()
         if encoding not in ("UTF8", "SQL_ASCII"):
@@ -151,6 +158,10 @@ class Postgres:
     def hint(self, error: Exception) -> str | None:
         reason = str(getattr(error, "orig", None) or error)
         return next((hint for text, hint in HINTS.items() if text in reason), None)
+
+
+def _version(connection: Connection) -> int:
+    return int(connection.execute(version_table.select()).scalar_one())
 
 
 def run_url(url: str, run: str) -> str:

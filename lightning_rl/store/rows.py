@@ -88,6 +88,7 @@ def call_row(call: Call) -> Values:
         "sampled_tokens": len(call.sampled_ids),
         "logprobs": _pack("d", call.logprobs),
         "versions": pack_ids(call.versions, call.id),
+        "restricted": dump_json(call.restricted, f"what restricted call {call.id}"),
         "response": dump_json(call.response, f"the response of call {call.id}"),
     }
 
@@ -116,6 +117,7 @@ def call_of(row: Row[Any], prompt_ids: list[int], sampled_ids: list[int], reques
             "sampled_ids": sampled_ids,
             "logprobs": _unpack("d", row.logprobs),
             "versions": unpack_ids(row.versions),
+            "restricted": json.loads(row.restricted),
             "request": request,
             "response": json.loads(row.response),
         }

@@ -29,7 +29,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeEngine
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 UPGRADES = {
     1: (
         "ALTER TABLE calls ADD COLUMN relation TEXT NOT NULL DEFAULT 'root'",
@@ -51,9 +51,10 @@ UPGRADES = {
         "CREATE UNIQUE INDEX IF NOT EXISTS rewards_once ON rewards (episode_id, key) WHERE key <> ''",
         "CREATE INDEX IF NOT EXISTS spans_by_parent ON spans (parent_id)",
     ),
+    3: ("ALTER TABLE calls ADD COLUMN restricted TEXT NOT NULL DEFAULT '[]'",),
 }
-"""What turns an SQLite file of one version into one of the next; PostgreSQL begins with version 3. A process of the
-older version may go on with a file that was brought up to date: it gives rewards no keys."""
+"""What turns a store of one version into one of the next; PostgreSQL begins with version 3. A process of an older version may go
+on with a store that was brought up to date: before 3 it gives rewards no keys, before 4 it does not say what restricted a call."""
 
 _UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 
@@ -114,6 +115,7 @@ calls = Table(
     Column("response_id", Visible, nullable=False),
     Column("upstream", Visible, nullable=False),
     Column("redacted", Boolean, nullable=False),
+    Column("restricted", Text, nullable=False),
     Column("cached_tokens", BigInteger, nullable=False),
     Column("started_at", Float, nullable=False),
     Column("ended_at", Float, nullable=False),

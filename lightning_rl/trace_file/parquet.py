@@ -99,6 +99,7 @@ def features() -> Any:
                     "response_id": text,
                     "upstream": text,
                     "redacted": Value("bool"),
+                    "restricted": List(text),
                     "experts": Value("large_binary"),
                     "cached_tokens": number,
                     "request": free,

@@ -29,7 +29,7 @@ from rollout_server.api.recorder import EpisodeLog
 from rollout_server.api.rendering.conversation import Prompt
 from rollout_server.api.replies.reply import Reader
 from rollout_server.api.retries import Answered, Naming, Replayed, Sending
-from rollout_server.api.sampling import prompt_seeds, sampling_params
+from rollout_server.api.sampling import prompt_seeds, restrictions, sampling_params
 from rollout_server.api.services import Services
 from rollout_server.api.turn import Message, SamplingOptions
 from rollout_server.messages import SamplingParams, Tokens
@@ -114,6 +114,8 @@ class Plan:
     call_index: int
     prompt: Prompt
     choice: Choice
+    restricted: list[str]
+    """As in the call."""
 
 
 Event = tuple[Plan, Piece | None]
@@ -261,7 +263,8 @@ class Exchange:
         index = len(self.plans)
         until_call = reading.until_call() if reading.until_call is not None else None
         choice = Choice(prompt.ids, params, self.sampling.stops, reading.shown, until_call)
-        self.plans.append(Plan(index, sampled, number, f"{self.id}-{index}", first + index, prompt, choice))
+        restricted = restrictions(params, has_grammar=bool(reading.grammar))
+        self.plans.append(Plan(index, sampled, number, f"{self.id}-{index}", first + index, prompt, choice, restricted))
 
     def _enter(self, made: list[Sampled]) -> None:
         """Raises ApiError 429 or 503 when there is no room for them."""
@@ -352,6 +355,7 @@ class Exchange:
             logprobs=choice.logprobs,
             versions=choice.versions,
             temperature=choice.sampling.temperature,
+            restricted=plan.restricted,
             finish_reason=finish_reason(choice, bool(reply.get("tool_calls"))),
             parent_id=prompt.parent_id,
             relation=prompt.relation,

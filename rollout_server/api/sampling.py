@@ -72,6 +72,24 @@ def sampling_params(
     )
 
 
+def restrictions(params: SamplingParams, *, has_grammar: bool) -> list[str]:
+    """What makes the distribution that is sampled from another than softmax(logits / temperature): see `Call.restricted`.
+
+    A greedy call is not filtered. `min_tokens` needs ids that could stop it.
+    """
+    filters = params.temperature > 0
+    found = {
+        "grammar": has_grammar,
+        "top_p": filters and params.top_p < 1,
+        "top_k": filters and params.top_k > 0,
+        "min_p": filters and params.min_p > 0,
+        "penalties": params.needs_history,
+        "logit_bias": any(params.logit_bias.values()),
+        "min_tokens": params.min_tokens > 0 and bool(params.stop_ids),
+    }
+    return [name for name, applies in found.items() if applies]
+
+
 def prompt_seeds(seed: int | None, imposed: int | None, index: int, count: int) -> list[int]:
     """One seed for each of `count` prompts: from the one imposed on the episode, whose call `index` this is, or else from the
     request's own, or drawn."""

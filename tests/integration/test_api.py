@@ -382,6 +382,20 @@ def test_a_misspelt_parameter_is_refused_with_the_right_name(web: Web) -> None:
         web.client().chat.completions.create(model="tiny", messages=HELLO, extra_body={"max_completion_token": 5})
 
 
+def test_a_call_says_what_restricted_its_sampling(web: Web) -> None:
+    """As the engine applied it: the recipe's top_p counts, and replaces the client's."""
+    web.says('{"a": 1}', "ok", "ok")
+    web.begin("free").chat.completions.create(
+        model="tiny", messages=HELLO, temperature=0.5, response_format={"type": "json_object"}
+    )
+    client = web.begin("imposed", top_p=0.5, temperature=1.0)
+    client.chat.completions.create(model="tiny", messages=HELLO, frequency_penalty=0.5)
+    unrestricted = web.begin("unrestricted", top_p=1.0, temperature=1.0)
+    unrestricted.chat.completions.create(model="tiny", messages=HELLO, top_p=0.1, temperature=0.5)
+    recorded = [web.store.episode(id).calls[0].restricted for id in ("free", "imposed", "unrestricted")]
+    assert recorded == [["grammar"], ["top_p", "penalties"], []]
+
+
 def test_sampling_parameters_reach_the_engine(web: Web) -> None:
     web.says("ok")
     web.client().chat.completions.create(

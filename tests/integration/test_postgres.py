@@ -142,9 +142,39 @@ def test_databases_that_cannot_hold_a_store_are_refused(postgres):
     assert "?run=NAME" in caught.value.hint
     url = postgres.url("crowded")
     Store.open(url).close()
-    postgres.sql(f'UPDATE "{url.rpartition("=")[2]}".lightning_rl_store SET version = 99', "crowded")
+    schema = f'"{url.rpartition("=")[2]}"'
+    postgres.sql(f"UPDATE {schema}.lightning_rl_store SET version = 99", "crowded")
     with pytest.raises(StoreError, match="has version 99"):
         Store.open(url)
+
+
+def test_a_store_of_version_3_is_brought_up_to_date(postgres):
+    url = postgres.url()
+    with Store.open(url) as store:
+        store.begin(make_start())
+        store.add_call(make_call([1], [2]))
+    schema = f'"{url.rpartition("=")[2]}"'
+    database = url.partition("?")[0].rpartition("/")[2]
+    postgres.sql(
+        f"ALTER TABLE {schema}.calls DROP COLUMN restricted; UPDATE {schema}.lightning_rl_store SET version = 3",
+        database,
+    )
+    postgres.sql(
+        f"CREATE ROLE looker LOGIN; GRANT USAGE ON SCHEMA {schema} TO looker;"
+        f" GRANT SELECT ON ALL TABLES IN SCHEMA {schema} TO looker",
+        database,
+    )
+    looking = url.replace("lrl@", "looker@")
+    with pytest.raises(StoreError, match=r"cannot bring up to date .*must be owner of table calls") as caught:
+        Store.open(looking, create=False)
+    assert "as the owner of its tables" in caught.value.hint
+    call = make_call([1], [3], id="d", index=1, restricted=["top_k"])
+    for _ in range(2):
+        with Store.open(url) as store:
+            store.add_call(call)
+            assert [call.restricted for call in store.episode("e").calls] == [[], ["top_k"]]
+    with Store.open(looking, create=False) as store:
+        assert len(store.episode("e").calls) == 2
 
 
 def test_a_password_comes_from_the_environment_and_shows_nowhere(postgres, monkeypatch):

@@ -344,6 +344,7 @@ def an_episode() -> Episode:
         request={"model": "gpt", "messages": [{"role": "user", "content": "secret"}], "top_p": 0.5},
         response={"content": "secret", "tool_calls": [{"id": "call_1", "function": {"name": "sql"}}]},
         cached_tokens=2,
+        restricted=["grammar"],
     )
     rewards = [
         Reward(episode_id="e", name="sql", value=0.5, time=5.0, span_id="tool-call_1"),
@@ -400,6 +401,7 @@ def test_a_trace_follows_the_conventions_and_says_nothing_that_was_said_unless_a
     assert all(one.parent_id for one in request.spans[1:])
     assert root.attributes["lrl.reward.solved"] == 1.0
     assert root.attributes["lrl.policy.versions"] == [7, 8]
+    assert call.attributes["lrl.call.restricted"] == ["grammar"]
     assert (call.name, call.kind, call.parent_id) == ("chat gpt", otlp.CLIENT, a(2))
     expected = {
         "gen_ai.operation.name": "chat",

@@ -49,6 +49,7 @@ def full_call(**values):
             "span_id": "s",
             "experts": b"\x00\x01",
             "cached_tokens": 2,
+            "restricted": ["grammar", "top_p"],
             "request": {"messages": [{"role": "user", "content": "héllo \ud83d"}]},
             "response": {"content": None, "tool_calls": [{"id": "x"}]},
             "started_at": 1.25,
@@ -335,7 +336,7 @@ SAMPLING = '{"temperature":null,"top_p":null,"max_tokens":null,"seed":null}'
 @pytest.mark.parametrize("version", [1, 2])
 def test_files_of_earlier_versions_are_brought_up_to_date(tmp_path, version):
     path = tmp_path / "episodes.db"
-    old = full_call(relation="root", parted_at=None, parent_id=None)
+    old = full_call(relation="root", parted_at=None, parent_id=None, restricted=[])
     reward = Reward(episode_id="e", name="r", value=1.0, source="unknown")
     with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.executescript(V2_TABLES + (V1 if version == 1 else ""))
@@ -498,6 +499,26 @@ def test_a_file_that_cannot_be_written_to_can_be_looked_at(tmp_path, is_open):
             assert other.start_of("e") == make_start()
             with pytest.raises(StoreError, match="readonly database"):
                 other.begin(make_start("f"))
+
+
+def test_a_file_of_an_earlier_version_must_be_opened_once_by_who_may_write_to_it(tmp_path):
+    path = tmp_path / "episodes.db"
+    with Store.open(path) as store:
+        store.begin(make_start())
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.executescript("ALTER TABLE calls DROP COLUMN restricted; PRAGMA user_version = 3;")
+    path.chmod(0o444)
+    with (
+        as_nobody(tmp_path),
+        pytest.raises(StoreError, match=r"cannot bring up to date .* readonly database") as caught,
+    ):
+        Store.open(path, create=False)
+    assert "open it once with the right to write" in caught.value.hint
+    path.chmod(0o644)
+    for mode in (0o644, 0o444):
+        path.chmod(mode)
+        with Store.open(path, create=False) as store:
+            assert store.start_of("e") == make_start()
 
 
 @contextlib.contextmanager

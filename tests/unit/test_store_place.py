@@ -42,7 +42,7 @@ def test_a_run_in_a_database_is_listed_exported_and_imported(tmp_path, postgres,
     assert main(["traces", "list", str(run)]) == 0
     assert "there" in capsys.readouterr().out
     out, copy = tmp_path / "t.jsonl.gz", tmp_path / "copy.db"
-    assert main(["traces", "export", str(run), "--out", str(out), "--phase", "train", "--step", "3"]) == 0
+    assert main(["traces", "export", str(run), "--out", str(out), "--phase", "train", "--step", "4"]) == 0
     assert capsys.readouterr().out == f"1 episode in {out}\n"
     for _ in range(2):
         assert main(["traces", "import", str(out), "--out", str(copy)]) == 0

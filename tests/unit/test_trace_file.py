@@ -65,6 +65,7 @@ def episodes(draw):
                 response_id=text,
                 upstream=text,
                 redacted=st.booleans(),
+                restricted=st.lists(text, max_size=2),
                 experts=st.none() | st.binary(max_size=4),
                 cached_tokens=small,
                 request=objects,

@@ -48,7 +48,7 @@ def run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         second = Call(
             id="two", episode_id="train.1.t.0.0", index=1, model="policy", prompt_ids=[1, 2, 3, 4, 5, 6],
             sampled_ids=[7], logprobs=[-0.25], versions=[4], temperature=1.0, finish_reason="stop",
-            started_at=3, ended_at=4, parent_id="one", cached_tokens=5, response={"content": "84"},
+            started_at=3, ended_at=4, parent_id="one", cached_tokens=5, restricted=["grammar", "top_p"], response={"content": "84"},
             request={"messages": [system, {"role": "assistant", "tool_calls": tool_calls}, asked]},
         )  # fmt: skip
         store.add_call(first)
@@ -83,7 +83,7 @@ def test_show(run_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     for text in ("how [bold]many[/bold]?", "2 calls, 3 tokens sampled", "mean log-prob -1.000", "policy 3", "policy 4",
                  "[red]markup[/red]", 'calculator({"e": "12*7"})', "tool: 84", "well_formed = 1", "correct = 0.5",
-                 "prompt 6 (5 cached)", "agent solve"):  # fmt: skip
+                 "prompt 6 (5 cached)", "agent solve", "restricted by grammar, top_p"):  # fmt: skip
         assert text in shown
     assert shown.count("be brief") == 1, "a follow-up call shows only what is new"
     assert "\x1b" not in shown

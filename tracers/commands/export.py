@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from tracers.commands.selection import HELP, selected
+
 DESCRIPTION = """\
 Write recorded episodes into a trace file, with everything that is known of them. The name says which kind it is:
 .jsonl, .jsonl.gz (JSON Lines) or .parquet. The file appears when it is complete.
@@ -20,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--out", metavar="FILE", type=Path, required=True, help="a name in .jsonl, .jsonl.gz or .parquet"
     )
     parser.add_argument("--phase", help="only this phase: train, eval-base, eval-final, …")
-    parser.add_argument("--step", type=int, help="only this training step")
+    parser.add_argument("--step", type=int, help=HELP)
     parser.add_argument("--counted", action="store_true", help="only attempts that count")
 
 
@@ -30,6 +32,7 @@ def run(options: argparse.Namespace) -> int:
     from lightning_rl.trace_file import export_traces
 
     with Store.open(store_of(options.run), create=False) as store:
-        count = export_traces(store, options.out, phase=options.phase, step=options.step, counted_only=options.counted)
+        phase, step = selected(store, options.phase, options.step)
+        count = export_traces(store, options.out, phase=phase, step=step, counted_only=options.counted)
     print(f"{count} episode{'' if count == 1 else 's'} in {options.out}")
     return 0

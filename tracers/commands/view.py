@@ -76,7 +76,8 @@ def episode_view(episode: Episode) -> RenderableType:
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
-    where = f"{start.phase} step {start.step}, task {start.task.id}, sample {start.sample}, attempt {start.attempt}"
+    step = f" step {start.step + 1}" if start.phase == "train" else ""
+    where = f"{start.phase}{step}, task {start.task.id}, sample {start.sample}, attempt {start.attempt}"
     facts.add_row("episode", safe(episode.id))
     facts.add_row("where", safe(where))
     facts.add_row("task", safe(start.task.input))
@@ -179,6 +180,8 @@ def _call(call: Call, parent: int | None, news: Iterable[Message], rewards: Iter
     facts += [f"{call.finish_reason}", f"{call.ended_at - call.started_at:.2f} s"]
     if call.redacted:
         facts.append("redacted")
+    if call.restricted:
+        facts.append(f"restricted by {', '.join(call.restricted)}")
     title = Text.assemble((f"call {call.index}", "bold cyan"), "  ", safe(" · ".join(facts), "dim"))
     lines: list[RenderableType] = [title, *(_message(message) for message in news)]
     lines.append(_message(replied(call), sampled=True))

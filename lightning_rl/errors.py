@@ -51,6 +51,10 @@ class RewardError(LightningError):
     """An episode cannot be rewarded as the recipe says."""
 
 
+class CreditError(LightningError):
+    """A credit rule that cannot be called as the recipe says, that failed, or gave something that is no credit."""
+
+
 class LedgerError(LightningError):
     """Sampled tokens are not all accounted for."""
 

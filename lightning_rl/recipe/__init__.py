@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 import yaml
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
@@ -22,12 +22,24 @@ from lightning_rl.recipe.functions import Reference, did_you_mean, resolve_refer
 from lightning_rl.recipe.problems import describe
 from lightning_rl.recipe.reward import AutomaticRewards, Excess, Rewards
 from lightning_rl.recipe.serving import Otlp, Recording, Server, Tracking, Wandb
-from lightning_rl.recipe.training import Evaluate, LoraConfig, Objective, Publish, SamplingSection, Train, WarmStart
+from lightning_rl.recipe.training import (
+    Credit,
+    Critic,
+    Evaluate,
+    LoraConfig,
+    Objective,
+    Publish,
+    SamplingSection,
+    Train,
+    WarmStart,
+)
 
 __all__ = [
     "RETURNED",
     "Agent",
     "AutomaticRewards",
+    "Credit",
+    "Critic",
     "Evaluate",
     "Excess",
     "LoraConfig",
@@ -50,6 +62,9 @@ __all__ = [
     "WarmStart",
     "load_recipe",
 ]
+
+SHORT_FORMS = (("reward", "function"), ("train", "credit", "rule"), ("train", "objective", "name"))
+"""Sections that may be written as the text of one of their fields."""
 
 
 class Recipe(Section):
@@ -111,6 +126,15 @@ class Recipe(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _something_is_trained_on(self) -> Self:
+        if self.sampling.top_p < 1 and self.train.restricted == "mask":
+            raise FieldError(
+                ("train", "restricted"),
+                f"mask leaves every call out: sampling.top_p is {self.sampling.top_p:g}, below 1",
+            )
+        return self
+
     @property
     def success_reward(self) -> str:
         """Name of the reward that says whether a task was solved."""
@@ -138,6 +162,10 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def _correction(tis_cap: Any) -> dict[str, Any]:
+    return {"kind": "none"} if tis_cap is None else {"kind": "truncate", "high": tis_cap}
+
+
 def load_recipe(path: Path, overrides: Sequence[str] = (), *, recorded: bool = False) -> Recipe:
     """Read and check a recipe, with `section.field=value` put on top. `recorded`: its episodes are there already, so the agent's
     programs, files and adapters need not be.
@@ -146,9 +174,12 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, recorded: bool = F
         RecipeError: with one line for each problem: `file:line: field: what is wrong (did you mean 'x'?)`.
     """
     file = read_recipe_file(path)
-    if isinstance(file.values.get("reward"), str):
-        file.values["reward"] = {"function": file.values["reward"]}
-    file.override(overrides)
+    # One by one: after train.objective=ppo, the next may set train.objective.kl.
+    for assignments in ([], *([override] for override in overrides)):
+        file.override(assignments)
+        for *section, name in SHORT_FORMS:
+            file.lengthen(section, name)
+        file.rename(("train", "objective"), "tis_cap", "correction", _correction)
     problems = list(file.problems)
     try:
         recipe = Recipe.model_validate(file.values, context={"folder": path.resolve().parent, "recorded": recorded})

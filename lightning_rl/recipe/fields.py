@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
 
+from lightning_rl.algorithms.settings import OBJECTIVES
 from lightning_rl.credit import RULES
 from lightning_rl.errors import RecipeError
 from lightning_rl.recipe.functions import did_you_mean, resolve_reference
@@ -113,9 +114,19 @@ def _folder_of(info: ValidationInfo) -> Path:
     return info.context["folder"] if info.context else Path()
 
 
-def _credit(value: str) -> str:
-    if value not in RULES:
-        raise ValueError(f"there is no rule {value!r}; choose from {', '.join(RULES)}{did_you_mean(value, [*RULES])}")
+def _credit(value: str, info: ValidationInfo) -> str:
+    if ":" in value:
+        return _reference(value, info)
+    return _one_of(value, "rule", [*RULES])
+
+
+def _objective(value: str) -> str:
+    return _one_of(value, "objective", [*OBJECTIVES])
+
+
+def _one_of(value: str, kind: str, valid: list[str]) -> str:
+    if value not in valid:
+        raise ValueError(f"there is no {kind} {value!r}; choose from {', '.join(valid)}{did_you_mean(value, valid)}")
     return value
 
 
@@ -131,6 +142,8 @@ VariableName = Annotated[str, AfterValidator(_variable)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
 DatabaseUrl = Annotated[str, AfterValidator(_database)]
 CreditName = Annotated[str, AfterValidator(_credit)]
+"""A rule's name, or `file.py:function` or `package.module:function` relative to the recipe."""
+ObjectiveName = Annotated[str, AfterValidator(_objective)]
 Count = Annotated[int, Field(ge=1)]
 POLICY = "policy"
 """What a route calls the policy; nothing else may have this name."""

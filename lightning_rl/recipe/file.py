@@ -7,7 +7,7 @@ What the values must be is left to `recipe`.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,28 @@ class RecipeFile(Struct, kw_only=True):
 
     def problem(self, place: Place, what: str) -> Problem:
         return Problem(where=self.origin(place), place=place, what=what)
+
+    def lengthen(self, section: Sequence[str], name: str) -> None:
+        """Where the section was written as text, make it a section whose field `name` is that text."""
+        above: Any = self.values
+        for key in section[:-1]:
+            above = above.get(key) if isinstance(above, dict) else None
+        if isinstance(above, dict) and isinstance(text := above.get(section[-1]), str):
+            above[section[-1]] = {name: text}
+
+    def rename(self, section: Sequence[str], old: str, new: str, converted: Callable[[Any], Any]) -> None:
+        """A field of older recipes, given as `old`, becomes `new`, with what the value means there. Both are a problem."""
+        above: Any = self.values
+        for key in section:
+            above = above.get(key) if isinstance(above, dict) else None
+        if not isinstance(above, dict) or old not in above:
+            return
+        if above.get(new) is not None:
+            self.problems.append(self.problem((*section, old), f"is the older name of {new}: give one of them"))
+        value = above.pop(old)
+        if above.get(new) is None:
+            above[new] = converted(value)
+        self.origins.setdefault((*section, new), self.origin((*section, old)))
 
     def override(self, assignments: Sequence[str]) -> None:
         """Put `a.b=value` on top. Whether there is a field a.b shows when the values are checked."""

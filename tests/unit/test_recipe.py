@@ -1,8 +1,12 @@
+import re
 from pathlib import Path
 
 import pytest
 import yaml
+from msgspec import structs
 
+from lightning_rl.algorithms.settings import OBJECTIVES
+from lightning_rl.credit import RULES
 from lightning_rl.errors import RecipeError
 from lightning_rl.recipe import load_recipe
 from lightning_rl.recipe.functions import resolve_reference
@@ -77,6 +81,8 @@ def assert_within(written, loaded):
     for key, value in written.items():
         if isinstance(value, dict):
             assert_within(value, loaded[key])
+        elif isinstance(loaded[key], dict):  # a section written as its first field
+            assert next(iter(loaded[key].values())) == value
         else:
             assert loaded[key] == value
 
@@ -97,7 +103,7 @@ def test_defaults(load):
     recipe = load()
     assert recipe.warm_start is None
     assert recipe.train.lora.rank == 16
-    assert recipe.train.objective.clip_high == 0.28
+    assert recipe.train.objective.settings().clip_high == 0.28
     assert recipe.agent.outcomes.infrastructure_error == "retry"
     assert recipe.runs_dir == "runs"
 
@@ -124,7 +130,7 @@ def test_overrides(load):
         "reward.weights.correct=0.5",
         "agent.outcomes.timeout=score",
         "sampling={max_tokens: 7}",
-        "train.objective.tis_cap=",
+        "train.objective.correction={kind: none}",
         "tracking.wandb.mode=offline",
         "evaluate.success=correct",
     )
@@ -132,7 +138,7 @@ def test_overrides(load):
     assert recipe.reward.weights == {"correct": 0.5}
     assert recipe.agent.outcomes.timeout == "score"
     assert recipe.sampling.max_tokens == 7
-    assert recipe.train.objective.tis_cap is None
+    assert recipe.train.objective.settings().correction.kind == "none"
     assert recipe.tracking.wandb.mode == "offline"
 
 
@@ -155,6 +161,22 @@ def test_a_wrong_override_is_named(problems, override, message):
     assert problem.startswith(f"override {override.partition('=')[0]}: {message}")
 
 
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        ("{name: reinforce, clip_high: 0.3}", "clip_high: has no effect: reinforce has no ratio that is clipped so"),
+        ("{name: rloo, ratio: sequence}", "ratio: has no effect: rloo has no ratio that is clipped so"),
+        ("{name: cispo, dual_clip: 3}", "dual_clip: has no effect: cispo has no ratio that is clipped so"),
+        ("{name: dppo, correction: {kind: mask}}", "correction: has no effect: with `old: server`"),
+        ("{correction: {kind: icepop, high: 0.3}}", "correction.low: no w is from 0.5 to 0.3"),
+        ("{kl: {coefficient: 0.1, estimator: k1}}", "kl.estimator: k1 in the loss has no gradient on average"),
+    ],
+)
+def test_a_part_of_an_objective_that_does_nothing_is_a_problem(problems, objective, message):
+    (problem,) = problems(RECIPE, f"train.objective={objective}")
+    assert f"train.objective.{message}" in problem
+
+
 def test_every_problem_is_told_at_once_with_its_place(problems):
     text = """\
 name: "bad name"
@@ -173,8 +195,8 @@ tasks:
 reward: 3
 train:
   credit: eqal
-  samples_per_task: 1
-  objective: {name: gpro}
+  samples_per_task: 0
+  objective: {name: grppo}
 server: {kv_tokens: 3}
 trian: {}
 """
@@ -190,9 +212,11 @@ trian: {}
         "recipe.yaml:13: tasks.function: there is no file user/cod.py (did you mean 'code.py'?)",
         "recipe.yaml:14: reward: must be a section with fields of its own, not 3",
         "recipe.yaml:15: train.steps: is missing and has no default",
-        "recipe.yaml:16: train.credit: there is no rule 'eqal'; choose from equal (did you mean 'equal'?)",
-        "recipe.yaml:17: train.samples_per_task: should be greater than or equal to 2, not 1",
-        "recipe.yaml:18: train.objective.name: must be one of grpo, not 'gpro' (did you mean 'grpo'?)",
+        "recipe.yaml:16: train.credit.rule: there is no rule 'eqal'; choose from "
+        f"{', '.join(RULES)} (did you mean 'equal'?)",
+        "recipe.yaml:17: train.samples_per_task: should be greater than or equal to 1, not 0",
+        "recipe.yaml:18: train.objective.name: there is no objective 'grppo'; choose from "
+        f"{', '.join(OBJECTIVES)} (did you mean 'grpo'?)",
         "recipe.yaml:19: server: kv_tokens (3) must be at least page_size (16)",
         "recipe.yaml:20: trian: unknown field (did you mean 'train'?)",
     ]
@@ -224,6 +248,55 @@ def test_what_is_wrong_is_said_at_its_line_without_secrets(problems, more, messa
     (problem,) = problems("\n".join(top) + "\n" + yaml.safe_dump(base))
     assert problem.startswith(f"recipe.yaml:{message}")
     assert "SECRET" not in problem
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ("{objective: ppo, restricted: mask}", ""),
+        ("{objective: {name: ppo, baseline: none}}", "train.objective.baseline: has no effect: the advantages of token_gae"),
+        ("{objective: {name: grpo, normalise: std}, credit: turn_gae}", "train.objective.normalise: has no effect"),
+        ("{objective: {name: grpo, baseline: none}, credit: tree}", "train.objective.baseline: has no effect: tree"),
+        ("{objective: reinforce++, credit: token_gae}", "train.objective: token_reward is not seen by token_gae"),
+        ("{objective: {name: grpo, correction: {kind: none, high: 2.0}}}", "train.objective.correction.high: has no effect"),
+        ("{objective: {name: reinforce++, kl: {coefficient: 0.1, place: loss}}}", "train.objective.kl.estimator: k1 in the loss"),
+        ("{critic: {hidden: 8}}", "train.critic: has no effect: equal reads no critic"),
+        ("{objective: {name: grpo, tis_cap: 2.0, correction: {kind: none}}}", "train.objective.tis_cap: is the older name of"),
+    ],
+)  # fmt: skip
+def test_what_has_no_effect_in_training_is_said(problems, train, message):
+    base = yaml.safe_load(RECIPE)
+    base["train"] |= yaml.safe_load(train)
+    found = problems(yaml.safe_dump(base)) if message else []
+    assert [line.partition(": ")[2][: len(message)] for line in found] == ([message] if message else [])
+    if not message:
+        base["sampling"] = {"top_p": 0.9}
+        assert "train.restricted: mask leaves every call out" in problems(yaml.safe_dump(base))[0]
+
+
+def test_what_is_left_out_of_a_penalty_is_the_objectives_own(load):
+    def of(objective):
+        return load(RECIPE, f"train.objective={objective}").train.objective.settings()
+
+    own = of("reinforce++").kl
+    assert of("{name: reinforce++, kl: {coefficient: 0.02}}").kl == structs.replace(own, coefficient=0.02)
+    assert of("{name: grpo, kl: {coefficient: 0.02}}").kl.place == "loss"
+    assert of("{name: dapo, overlong: {penalty: 0.5}}").overlong.buffer == of("dapo").overlong.buffer
+    assert of("{name: dppo, old: trainer}").correction == of("grpo").correction
+    assert of("dppo").correction.kind == "none"
+
+
+def test_runs_of_before_corrections_had_a_name_load(load):
+    then = "{name: grpo, normalise: std, aggregation: token, clip_low: 0.2, clip_high: 0.28, tis_cap: %s}"
+    capped, plain = (load(RECIPE, f"train.objective={then % cap}").train.objective for cap in ("3.0", "null"))
+    assert (capped.correction.kind, capped.correction.high, capped.aggregation) == ("truncate", 3.0, "token")
+    assert plain.correction.kind == "none"
+    text = RECIPE.replace("train:", f"train:\n  objective: {then % 3.0}")
+    assert load(text, "train.objective.correction.high=4.0").train.objective.correction.high == 4.0
+    text = RECIPE.replace(
+        "train:", f"train:\n  objective: {then % 3.0}".replace("tis_cap", "correction: null, tis_cap")
+    )
+    assert load(text).train.objective.correction.high == 3.0
 
 
 def test_overrides_reach_into_lists_and_never_show_their_values(load, problems):
@@ -368,3 +441,36 @@ def test_a_reward_function_alone_needs_no_section(load, problems):
     assert load(short, "reward.weights={solved: 2.0}").reward == load(RECIPE, "reward.weights={solved: 2.0}").reward
     (line,) = problems(short.replace("reward: user/code.py:solve", "reward: user/code.py:slove"))
     assert line.startswith("recipe.yaml:7: reward.function: ")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.credit={rule: gigpo, arguments: {discount: .nan}}"], "discount: must be a finite number, not nan"),
+        (["train.credit={rule: gigpo, arguments: {weight: .inf}}"], "weight: must be a finite number, not inf"),
+        (["train.credit={rule: gigpo, arguments: {discount: -3}}"], "discount: must be from 0 to 1, not -3"),
+        (["train.credit={rule: token_gae, arguments: {lam: 2.0}}"], "lam: must be from 0 to 1, not 2.0"),
+        (["train.samples_per_task=1"], "grpo, baseline group_mean, compares the episodes of a task"),
+        (
+            ["train.samples_per_task=1", "train.objective={name: ppo, dynamic_sampling: 1}"],
+            "dynamic_sampling looks for tasks",
+        ),
+        (
+            [
+                "train.credit=agents/smoke_reward.py:score",
+                "train.critic={}",
+                "train.objective.kl={coefficient: 1.0, place: token_reward}",
+            ],
+            "token_reward is not seen by",
+        ),
+    ],
+)
+def test_what_can_only_fail_is_found_in_the_recipe(overrides, message):
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        load_recipe(ROOT / "recipes" / "smoke.yaml", overrides)
+
+
+@pytest.mark.parametrize("more", [["train.objective=reinforce"], ["train.objective=reinforce++"],
+                                  ["train.objective=ppo"], ["train.credit=tree"]])  # fmt: skip
+def test_an_episode_of_a_task_may_be_alone_where_nothing_is_compared(more):
+    assert load_recipe(ROOT / "recipes" / "smoke.yaml", ["train.samples_per_task=1", *more]).train.samples_per_task == 1

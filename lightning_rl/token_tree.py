@@ -8,7 +8,8 @@ token is worth are left to others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 
 from msgspec import Struct
@@ -31,19 +32,14 @@ class TokenTree(Struct, frozen=True, kw_only=True):
     sampled_counts: dict[str, int]
     """By call id: how many of its sampled tokens are in the tree."""
 
-    def path(self, call_id: str) -> list[int]:
-        """The nodes of the call's tokens, prompt first."""
-        path = []
-        node = self.last_nodes[call_id]
-        while node >= 0:
-            path.append(node)
-            node = self.parents[node]
-        return path[::-1]
-
     def sampled_nodes(self, call_id: str) -> list[int]:
         """The nodes of the call's sampled tokens."""
-        count = self.sampled_counts[call_id]
-        return self.path(call_id)[-count:] if count else []
+        nodes = []
+        node = self.last_nodes[call_id]
+        for _ in range(self.sampled_counts[call_id]):
+            nodes.append(node)
+            node = self.parents[node]
+        return nodes[::-1]
 
     def terms(self, call_id: str) -> list[tuple[int, int]]:
         """For each sampled token of the call: the node that predicts it, and the id to be predicted."""
@@ -84,6 +80,24 @@ def build_tree(calls: Sequence[Call], *, max_tokens: int | None = None) -> Token
     return TokenTree(
         ids=ids, parents=parents, depths=depths, ends=ends, last_nodes=last_nodes, sampled_counts=sampled_counts
     )
+
+
+class TreeSize(Struct, frozen=True):
+    """How many nodes the tree of some sequences has, without the tree."""
+
+    ordered: list[list[int]] = []
+    """The sequences, sorted."""
+    nodes: int = 0
+
+    def with_sequences(self, sequences: Iterable[list[int]]) -> TreeSize:
+        """A sequence brings what it has beyond its longest common prefix with another: that one is next to it in order."""
+        ordered, nodes = self.ordered.copy(), self.nodes
+        for sequence in sequences:
+            at = bisect_left(ordered, sequence)
+            neighbours = ordered[max(0, at - 1) : at + 1]
+            nodes += len(sequence) - max((common_prefix(sequence, other) for other in neighbours), default=0)
+            ordered.insert(at, sequence)
+        return TreeSize(ordered, nodes)
 
 
 def _sequences(calls: Sequence[Call], max_tokens: int | None) -> list[tuple[list[int], str, int]]:

@@ -1,8 +1,8 @@
 """Checkpoints: a directory that is either whole or not there.
 
-DeepSpeed writes weights, optimiser and fp32 masters; `state.json` holds what the loop knows, `files.json` a digest of
-every file. It is written under another name,
-synced, and renamed last. A checkpoint that cannot be read is an error that names it: nothing older is taken silently.
+DeepSpeed writes the policy's weights, optimiser and fp32 masters; `critic.pt` holds the critic and its optimiser, `state.json`
+what the loop knows, `files.json` a digest of every file. It is written under another name, synced, and renamed last. A checkpoint
+that cannot be read is an error that names it: nothing older is taken silently.
 """
 
 from __future__ import annotations
@@ -19,9 +19,13 @@ import torch.distributed as dist
 from msgspec import Struct
 
 from lightning_rl.errors import ResumeError
+from trainers.critic import CriticOptimiser
 from trainers.deepspeed_engine import TrainEngine
 
 TAG = "state"
+CRITIC = "critic.pt"
+FIRST_VERSION = 1
+"""Of the policy that the reinforcement learning starts from; 0 is the model as it was."""
 
 
 class TrainState(Struct, frozen=True, kw_only=True):
@@ -39,7 +43,9 @@ def checkpoint_path(directory: Path, step: int) -> Path:
     return directory / f"step-{step:05d}"
 
 
-def save_checkpoint(engine: TrainEngine, directory: Path, state: TrainState, *, keep: int) -> None:
+def save_checkpoint(
+    engine: TrainEngine, directory: Path, state: TrainState, *, keep: int, critic: CriticOptimiser | None = None
+) -> None:
     """Called on every rank; returns when the checkpoint is complete on all."""
     target = checkpoint_path(directory, state.step)
     scratch = target.with_name(f".{target.name}.tmp")
@@ -54,6 +60,8 @@ def save_checkpoint(engine: TrainEngine, directory: Path, state: TrainState, *, 
     if rank == 0:
         for script in scratch.glob("zero_to_*.py"):  # DeepSpeed's own exporters; ours is `lrl export`
             script.unlink()
+        if critic:  # the same on every rank
+            torch.save(critic.state(), scratch / CRITIC)
         (scratch / "state.json").write_bytes(msgspec.json.encode(state))
         (scratch / "files.json").write_bytes(msgspec.json.encode(_digests(scratch)))
         _sync(scratch)
@@ -76,8 +84,8 @@ def read_state(checkpoint: Path) -> TrainState:
         raise _unreadable(checkpoint, error) from error
 
 
-def load_checkpoint(engine: TrainEngine, checkpoint: Path) -> None:
-    """Weights, optimiser and RNG as they were, bit for bit. Called on every rank."""
+def load_checkpoint(engine: TrainEngine, checkpoint: Path, *, critic: CriticOptimiser | None = None) -> None:
+    """Weights, optimisers and RNG as they were, bit for bit. Called on every rank."""
     _check_files(checkpoint)
     state = read_state(checkpoint)
     if state.world_size != dist.get_world_size():
@@ -89,6 +97,8 @@ def load_checkpoint(engine: TrainEngine, checkpoint: Path) -> None:
         path, _ = engine.engine.load_checkpoint(str(checkpoint), tag=TAG, load_module_strict=False)
         if path is None:
             raise FileNotFoundError(f"no DeepSpeed state in {checkpoint / TAG}")
+        if critic:
+            critic.load(torch.load(checkpoint / CRITIC, weights_only=True))
         torch.set_rng_state(torch.load(checkpoint / f"rng-{dist.get_rank()}.pt", weights_only=True))
     except Exception as error:  # whatever a damaged file makes torch, pickle or DeepSpeed raise
         raise _unreadable(checkpoint, error) from error

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from trainers.token_scores import token_scores
 from trainers.tree_attention import NAME as TREE_ATTENTION
 from trainers.tree_attention import Block, tree_blocks
 
+if TYPE_CHECKING:
+    from trainers.critic import Critic
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -28,7 +31,9 @@ class RowScores(NamedTuple):
     logprobs: Tensor
     """fp32 [L], with gradient: log-prob of each target at the term's temperature."""
     entropies: Tensor
-    """fp32 [L], without gradient."""
+    """fp32 [L], in nats, with gradient: of the distribution at the term's temperature."""
+    values: Tensor | None = None
+    """fp32 [L], with the critic's gradient; None without a critic, and for a row of padding."""
 
 
 class Policy(nn.Module):
@@ -54,6 +59,7 @@ class Policy(nn.Module):
         targets: Tensor,
         temperatures: Tensor,
         terms: Tensor,
+        critic: Critic | None = None,
     ) -> RowScores:
         lm = self.causal_lm
         hidden = lm.model(
@@ -62,14 +68,19 @@ class Policy(nn.Module):
         if not len(nodes):  # a row of padding takes part in the reduction with a gradient of zero
             nothing = (hidden.float().sum() + lm.lm_head.weight.float().sum())[None] * 0
             return RowScores(nothing, nothing.detach())
-        logprobs, entropies = token_scores(hidden[nodes], lm.lm_head.weight, targets, temperatures)
-        return RowScores(logprobs.index_select(0, terms), entropies.index_select(0, terms))
+        states = hidden[nodes]
+        logprobs, entropies = token_scores(states, lm.lm_head.weight, targets, temperatures)
+        return RowScores(
+            logprobs.index_select(0, terms),
+            entropies.index_select(0, terms),
+            critic(states).index_select(0, terms) if critic else None,
+        )
 
 
 def _drop_aliases(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
     """A tied head is the embedding under a second name: DeepSpeed would save it beside the adapter, frozen as it is."""
     names = {prefix + name for name, _ in [*module.named_parameters(), *module.named_buffers()]}
-    for name in [name for name in state if name not in names]:
+    for name in [name for name in state if name.startswith(prefix) and name not in names]:
         del state[name]
 
 
@@ -88,6 +99,12 @@ def row_tensors(row: Row) -> dict[str, Any]:
         "temperatures": torch.tensor(temperatures, dtype=torch.float32),
         "terms": torch.tensor([place[question] for question in asked], dtype=torch.long),
     }
+
+
+def trained_tensors(policy: Policy) -> dict[str, Tensor]:
+    """Copies of what is trained: the adapter, or all weights. With `torch.func.functional_call` the same model computes with them
+    again when it has learned."""
+    return {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
 
 
 def load_policy(

@@ -1,8 +1,8 @@
 """Log-prob and entropy of chosen tokens from hidden states, without keeping logits.
 
 With a vocabulary of 50,000 the logits of a row are its largest tensor by far. They are made a slice at a time, reduced at once,
-and made again in the backward pass, whose gradient is written out: for l = log softmax(z)[target] at temperature T,
-dl/dz = (onehot(target) - softmax(z)) / T.
+and made again in the backward pass, whose gradient is written out. With p = softmax(z / T), l = log p[target] and entropy H,
+dl/dz = (onehot(target) - p) / T and dH/dz = -p (log p + H) / T. The second costs nothing where no loss has entropies in it.
 """
 
 from __future__ import annotations
@@ -32,22 +32,27 @@ class _TokenScores(torch.autograd.Function):
             normalisers[part] = total.log() + top[:, 0]
             logprobs[part] = chosen - normalisers[part]
             entropies[part] = normalisers[part] - weights.mul_(logits).sum(-1) / total
-        ctx.save_for_backward(hidden, head, targets, temperatures, normalisers)
-        ctx.mark_non_differentiable(entropies)
+        ctx.save_for_backward(hidden, head, targets, temperatures, normalisers, entropies)
+        ctx.set_materialize_grads(False)
         return logprobs, entropies
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, head, targets, temperatures, normalisers = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, head, targets, temperatures, normalisers, entropies = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_head = torch.zeros(head.shape, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for start in range(0, len(targets), SLICE):
             part = slice(start, start + SLICE)
-            logits = _logits(hidden[part], head, temperatures[part])
-            scale = grad[part] / temperatures[part]
-            d = logits.sub_(normalisers[part, None]).exp_().mul_(-scale[:, None])
-            d.scatter_add_(1, targets[part, None], scale[:, None])
+            logp = _logits(hidden[part], head, temperatures[part]).sub_(normalisers[part, None])
+            scale = torch.zeros_like(logp[:, :1]) if grad is None else (grad[part] / temperatures[part])[:, None]
+            if grad_entropy is None:
+                d = logp.exp_().mul_(-scale)
+            else:
+                bonus = (grad_entropy[part] / temperatures[part])[:, None]
+                p = logp.exp()
+                d = logp.add_(entropies[part, None]).mul_(bonus).add_(scale).mul_(p).neg_()
+            d.scatter_add_(1, targets[part, None], scale)
             low = d.to(head.dtype)
             grad_hidden[part] = low @ head
             if grad_head is not None:
@@ -62,6 +67,6 @@ def _logits(hidden: Tensor, head: Tensor, temperatures: Tensor) -> Tensor:
 
 
 def token_scores(hidden: Tensor, head: Tensor, targets: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
-    """hidden [L, W], head [V, W], targets and temperatures [L] -> fp32 log-probs [L] (with gradient), entropies [L]."""
+    """hidden [L, W], head [V, W], targets and temperatures [L] -> fp32 log-probs [L] and entropies [L], with gradients."""
     logprobs, entropies = _TokenScores.apply(hidden, head, targets, temperatures)
     return logprobs, entropies

@@ -22,9 +22,8 @@ import torch
 from lightning_rl.algorithms.aggregation import token_weights
 from lightning_rl.memory import keep_freed_memory
 from lightning_rl.recipe import LoraConfig
-from lightning_rl.transition import group_transitions
 from rollout_server.models.catalog import resolve_model
-from tests.unit.domain import make_call, make_episode
+from tests.unit.domain import make_call, make_episode, transitions_of
 from trainers.packing import Row, pack
 from trainers.policy import Policy, load_policy, row_tensors
 
@@ -37,7 +36,7 @@ def group() -> tuple[list[list[int]], Row]:
     answers = [torch.randint(5, 40000, (SAMPLED,), generator=generator).tolist() for _ in range(SAMPLES)]
     episodes = [make_episode(f"e{i}", [make_call(prompt, a, f"c{i}", f"e{i}")]) for i, a in enumerate(answers)]
     calls = {call.id: call for episode in episodes for call in episode.calls}
-    transitions = group_transitions(episodes, {f"c{i}": float(i % 2) for i in range(SAMPLES)}, "std")
+    transitions = transitions_of(episodes, {f"c{i}": float(i % 2) for i in range(SAMPLES)}, "std")
     rows = pack(transitions, {e.id: "g" for e in episodes}, token_weights(transitions, "token"), calls, 4096).rows
     return [prompt + a for a in answers], rows[0]
 

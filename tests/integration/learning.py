@@ -7,18 +7,22 @@ import atexit
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from msgspec import structs
 
 from lightning_rl.algorithms.aggregation import token_weights
-from lightning_rl.recipe import LoraConfig, Objective
-from lightning_rl.transition import group_transitions
-from tests.unit.domain import make_call, make_episode
+from lightning_rl.episode import Call
+from lightning_rl.recipe import LoraConfig, Objective, Recipe, load_recipe
+from lightning_rl.scores import CallScores
+from tests.unit.domain import make_call, make_episode, transitions_of
 from trainers.deepspeed_engine import OptimiserConfig, TrainEngine, init_distributed, leave_distributed
-from trainers.learner import objective_loss
-from trainers.packing import Packed, Row, pack, share_out
+from trainers.learner import Learner
+from trainers.learner import row_loss as objective_row_loss
+from trainers.packing import Packed, Row, pack, rows_to_score, share_out
 from trainers.policy import load_policy, row_tensors
 from trainers.publish import policy_tensors
 
@@ -56,9 +60,61 @@ def group_of_calls(temperature=1.0):
 def packed_group(episodes, limit=4096) -> Packed:
     by_id = {call.id: call for episode in episodes for call in episode.calls}
     returns = {call.id: float(e % 3) for e, episode in enumerate(episodes) for call in episode.calls}
-    transitions = group_transitions(episodes, returns, "none")
+    transitions = transitions_of(episodes, returns, "none")
     weights = token_weights(transitions, "token")
     return pack(transitions, {episode.id: "g" for episode in episodes}, weights, by_id, limit)
+
+
+def recipe_with_everything(dtype: str = "float32", lora: LoraConfig | None = LORA) -> Recipe:
+    """A critic, a reference policy and an entropy bonus."""
+    return load_recipe(
+        Path(__file__).parents[2] / "recipes" / "smoke.yaml",
+        [
+            f"model.dtype={dtype}",
+            f"train.lora={lora.model_dump() if lora else 'null'}",
+            "train.credit=turn_gae",
+            "train.learning_rate=0.01",
+            "train.objective={name: gspo, entropy_bonus: 0.01, kl: {coefficient: 0.1}}",
+        ],
+    )
+
+
+def rows_with_everything(scores: Mapping[str, CallScores] = {}, limit: int = 4096, ranks: int = 1) -> list[Row]:
+    """`group_of_calls`, of which the fourth episode's calls were sampled under restrictions, with targets for a critic at every
+    third token."""
+    transitions = []
+    by_id = {call.id: call for call in everything_sampled()}
+    episodes = [make_episode(f"e{e}", [by_id[f"e{e}a"], by_id[f"e{e}b"]]) for e in range(4)]
+    returns = {call_id: float(int(call_id[1]) % 3) for call_id in by_id}
+    for t in transitions_of(episodes, returns, "none"):
+        targets = [t.advantage + i / 50 if i % 3 == 0 else None for i in range(len(t.sampled_ids))]
+        transitions.append(structs.replace(t, value_targets=targets))
+    weights = token_weights(transitions, "token")
+    agents = {call_id: "planner" if call_id.endswith("a") else "writer" for call_id in by_id}
+    group_of = {episode.id: "g" for episode in episodes}
+    return pack(transitions, group_of, weights, by_id, limit, ranks=ranks, scores=scores, agent_of=agents).rows
+
+
+def everything_sampled() -> list[Call]:
+    calls = [call for episode in group_of_calls(0.7) for call in episode.calls]
+    return [structs.replace(call, restricted=["grammar"]) if call.episode_id == "e3" else call for call in calls]
+
+
+def learn_with_everything(model_dir: Path) -> dict[str, Any]:
+    """Scores, two steps, scores: by rank 0; the others follow it. Three rows, so that two ranks need one of padding."""
+    world = torch.distributed.get_world_size()
+    learner = Learner(recipe_with_everything(), model_dir, None)
+    if torch.distributed.get_rank():
+        learner.follow()
+        return {}
+    to_score = rows_to_score(everything_sampled(), {f"e{e}": "g" for e in range(4)}, 240, world)
+    before = learner.score(share_out(to_score, world), reference=True)
+    shares = share_out(rows_with_everything(before, 240, world), world)
+    metrics = [learner.step(shares, rate) for rate in (1e-3, 5e-4)]
+    after = learner.score(share_out(to_score, world), reference=True)
+    tensors = {name: tensor.clone() for name, tensor in policy_tensors(learner.policy).items()}
+    learner.stop()
+    return {"before": before, "metrics": metrics, "after": after, "tensors": tensors}
 
 
 def with_active_adapter(policy):
@@ -85,10 +141,7 @@ def rows_of_step(step: int) -> list[Row]:
 
 
 def row_loss(module, row: Row):
-    scores = module(**row_tensors(row))
-    if not row.nodes:
-        return scores.logprobs.sum(), {}
-    return objective_loss(scores, row, Objective())
+    return objective_row_loss(module(**row_tensors(row)), row, Objective().settings())
 
 
 def new_engine(model_dir: Path, dtype: str = "float32", lora: LoraConfig | None = LORA, seed: int = 0) -> TrainEngine:
@@ -140,8 +193,10 @@ def main(out: Path, model_dir: Path) -> None:
     take_steps(second, [2, 3])
     resumed = tensors_of(second)
     assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items()), "resumed weights differ"
-    torch.save({"tensors": expected, "metrics": metrics}, out / f"rank-{torch.distributed.get_rank()}.pt")
     second.close()
+    everything = learn_with_everything(model_dir)
+    done = {"tensors": expected, "metrics": metrics, "everything": everything}
+    torch.save(done, out / f"rank-{torch.distributed.get_rank()}.pt")
     leave_distributed()
 
 

@@ -12,6 +12,7 @@ from tests.integration.learning import (
     LORA,
     OPTIMISER,
     STEPS,
+    learn_with_everything,
     new_engine,
     one_rank,
     row_loss,
@@ -98,12 +99,21 @@ def test_two_processes_learn_what_one_learns(tiny_llama, one_process, tmp_path):
         timeout=200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2)]
+    ranks = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
     assert_same(ranks[1]["tensors"], ranks[0]["tensors"], atol=0, rtol=0)
     tensors, metrics = one_process
     assert_same(ranks[0]["tensors"], tensors, atol=2e-6, rtol=1e-4)
     for ours, theirs in zip(metrics, ranks[0]["metrics"], strict=True):
         assert theirs == pytest.approx(ours, rel=1e-4, abs=1e-6)
+    ours, theirs = learn_with_everything(tiny_llama), ranks[0]["everything"]
+    assert_same(theirs["tensors"], ours["tensors"], atol=2e-6, rtol=1e-4)
+    for mine, other in zip(ours["metrics"], theirs["metrics"], strict=True):
+        assert other == pytest.approx(mine, rel=1e-3, abs=1e-5)
+    for moment in ("before", "after"):
+        assert theirs[moment].keys() == ours[moment].keys()
+        for call_id, scores in ours[moment].items():
+            for name in ("old", "reference", "values"):
+                assert getattr(theirs[moment][call_id], name) == pytest.approx(getattr(scores, name), abs=1e-4)
 
 
 def test_a_step_without_rows_changes_nothing(tiny_llama):

@@ -84,23 +84,32 @@ def test_padding_has_a_gradient_of_zero(tiny_llama):
     assert all(not gradient.any() for gradient in found.values())
 
 
-def test_token_scores_against_log_softmax():
+@pytest.mark.parametrize("loss_of", ["logprobs", "entropies", "both"])
+@pytest.mark.parametrize("trains_head", [True, False])
+def test_token_scores_against_log_softmax(loss_of, trains_head):
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(300, 16, generator=generator, dtype=torch.float32, requires_grad=True)
-    head = torch.randn(500, 16, generator=generator, requires_grad=True)
+    head = torch.randn(500, 16, generator=generator, requires_grad=trains_head)
     targets = torch.randint(0, 500, (300,), generator=generator)
     temperatures = torch.rand(300, generator=generator) + 0.5
-    upstream = torch.randn(300, generator=generator)
+    upstream = torch.randn(2, 300, generator=generator)
+
+    def loss(logprobs, entropies):
+        parts = {"logprobs": (logprobs * upstream[0]).sum(), "entropies": (entropies * upstream[1]).sum()}
+        return sum(parts.values()) if loss_of == "both" else parts[loss_of]
+
     logprobs, entropies = token_scores(hidden, head, targets, temperatures)
-    (logprobs * upstream).sum().backward()
-    actual = hidden.grad.clone(), head.grad.clone()
+    loss(logprobs, entropies).backward()
+    actual = hidden.grad.clone(), head.grad.clone() if trains_head else None
     hidden.grad = head.grad = None
-    expected = ((hidden @ head.T) / temperatures[:, None]).log_softmax(-1)
-    (expected.gather(1, targets[:, None])[:, 0] * upstream).sum().backward()
-    torch.testing.assert_close(logprobs, expected.gather(1, targets[:, None])[:, 0], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(entropies, -(expected.exp() * expected).sum(-1), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(actual, (hidden.grad, head.grad), atol=1e-4, rtol=1e-4)
-    assert not entropies.requires_grad
+    whole = ((hidden @ head.T) / temperatures[:, None]).log_softmax(-1)
+    expected = whole.gather(1, targets[:, None])[:, 0], -(whole.exp() * whole).sum(-1)
+    loss(*expected).backward()
+    torch.testing.assert_close(logprobs, expected[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropies, expected[1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(actual[0], hidden.grad, atol=1e-4, rtol=1e-4)
+    if trains_head:
+        torch.testing.assert_close(actual[1], head.grad, atol=1e-4, rtol=1e-4)
 
 
 def test_a_sequence_scores_as_transformers_scores_it(tiny_llama):

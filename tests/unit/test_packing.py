@@ -4,12 +4,14 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from lightning_rl.algorithms.aggregation import kept_tokens, token_weights
 from lightning_rl.ledger import account
-from lightning_rl.transition import group_transitions
-from tests.unit.domain import make_call, make_episode
-from trainers.packing import PADDING, Row, pack, row_cost, share_out
+from lightning_rl.scores import CallScores
+from lightning_rl.token_tree import build_tree
+from tests.unit.domain import make_call, make_episode, transitions_of
+from trainers.packing import PADDING, Row, pack, row_cost, rows_to_score, share_out
 
 tokens = st.lists(st.integers(0, 2), max_size=5)
 calls = st.tuples(tokens.map(lambda prompt: [7, *prompt]), tokens, st.sampled_from([0.0, 1.0, 1.0, 0.5]))
@@ -39,7 +41,7 @@ def step_of(groups):
             returns |= {call.id: value for call in made}
             group_of[name] = f"g{g}"
         played += members
-        transitions += group_transitions(members, returns, "none")
+        transitions += transitions_of(members, returns, "none")
     return played, transitions, group_of
 
 
@@ -94,11 +96,90 @@ def test_rows_hold_each_needed_prefix_once_and_nothing_else(groups, limit):
         assert set(prefixes) == needed
 
 
+def place_of(call_id, i):
+    """A number that no other token of a step has."""
+    return float(int(call_id[1]) * 10_000 + int(call_id[3]) * 1000 + int(call_id[5]) * 100 + i)
+
+
+@settings(deadline=None)
+@given(groups, st.integers(2, 30))
+def test_what_is_said_about_a_token_stays_with_it(groups, limit):
+    """Scores, versions, value targets, restrictions and agents, in rows with a loss and in rows to be scored."""
+    played, transitions, group_of = step_of(groups)
+    kept = kept_tokens(transitions, limit)
+    weights = token_weights(transitions, "token", kept)
+    by_id = {
+        call.id: structs.replace(
+            call,
+            versions=[int(place_of(call.id, i)) for i in range(len(call.sampled_ids))],
+            restricted=["top_p"] if call.id.endswith("1") else [],
+        )
+        for episode in played
+        for call in episode.calls
+    }
+    asked = [
+        structs.replace(t, value_targets=[None if i % 2 else place_of(t.call_id, i) for i in range(len(t.sampled_ids))])
+        for t in transitions
+    ]
+    scores = {
+        call_id: CallScores(
+            old=[place_of(call_id, i) for i in range(kept[call_id])],
+            reference=[-place_of(call_id, i) for i in range(kept[call_id])],
+        )
+        for call_id in by_id
+    }
+    agents = {call_id: f"agent of {call_id}" for call_id in by_id}
+    packed = pack(asked, group_of, weights, by_id, limit, scores=scores, agent_of=agents)
+    to_score = rows_to_score(list(by_id.values()), group_of, limit)
+    for row in [*packed.rows, *to_score]:
+        seen: Counter[str] = Counter()
+        assert sorted(set(row.sequences)) == [*range(len(row.calls))]
+        for term, sequence in enumerate(row.sequences):
+            call_id = row.calls[sequence]
+            i = seen[call_id]
+            seen[call_id] += 1
+            call = by_id[call_id]
+            assert row.targets[term] == call.sampled_ids[i]
+            assert prefix_in(row, row.nodes[term]) == tuple(call.prompt_ids + call.sampled_ids[:i])
+            assert row.behaviour[term] == call.logprobs[i]
+            assert row.versions[term] == int(place_of(call_id, i))
+            assert row.correctable[term] == (not call.restricted)
+            assert row.temperatures[term] == (call.temperature or 1.0)
+            if row in packed.rows:
+                assert (row.old[term], row.reference[term]) == (place_of(call_id, i), -place_of(call_id, i))
+                assert row.agents[sequence] == agents[call_id]
+                if i % 2 == 0:
+                    assert row.value_targets[term] == place_of(call_id, i)
+                assert (row.value_weights[term] > 0) == (i % 2 == 0)
+        assert all(seen[call_id] == kept[call_id] for call_id in row.calls)
+    shares = [weight for row in packed.rows for weight in row.value_weights]
+    assert math.fsum(shares) == pytest.approx(1 if packed.rows else 0)
+    scored = [call_id for row in to_score for call_id in row.calls]
+    assert sorted(scored) == sorted(call_id for call_id, count in kept.items() if count)
+
+
+def test_scores_of_another_length_are_refused():
+    call = make_call([1, 2], [3, 4], id="a", episode_id="x")
+    other = make_call([1, 2], [5], id="b", episode_id="y")
+    members = [make_episode("x", [call]), make_episode("y", [other])]
+    transitions = transitions_of(members, {"a": 1.0, "b": 0.0}, "none")
+    scores = {"a": CallScores(old=[-1.0, -1.0]), "b": CallScores()}
+    with pytest.raises(ValueError, match="call b has 1 tokens in its row and 0 scores"):
+        pack(
+            transitions,
+            {"x": "g", "y": "g"},
+            token_weights(transitions, "token"),
+            {"a": call, "b": other},
+            9,
+            scores=scores,
+        )
+
+
 def test_what_has_no_loss_is_not_computed():
     good, bad = make_call([1, 2], [3, 4, 5], id="a", episode_id="x"), make_call([1, 2], [9], id="b", episode_id="y")
     greedy = make_call([8, 8, 8], [8], id="c", episode_id="y", temperature=0.0)
     members = [make_episode("x", [good]), make_episode("y", [bad, greedy])]
-    transitions = group_transitions(members, {"a": 1.0, "b": 0.0, "c": 0.0}, "none")
+    transitions = transitions_of(members, {"a": 1.0, "b": 0.0, "c": 0.0}, "none")
     weights = token_weights(transitions, "token")
     packed = pack(transitions, {"x": "g", "y": "g"}, weights, {c.id: c for c in (good, bad, greedy)}, 100)
     (row,) = packed.rows
@@ -113,12 +194,20 @@ def test_a_group_that_does_not_fit_is_split_by_calls_without_losing_a_token():
     members = [
         make_episode(f"e{i}", [make_call([1] * 6, [2 + i] * 6, id=f"c{i}", episode_id=f"e{i}")]) for i in range(6)
     ]
-    transitions = group_transitions(members, {f"c{i}": float(i) for i in range(6)}, "none")
+    transitions = transitions_of(members, {f"c{i}": float(i) for i in range(6)}, "none")
     by_id = {call.id: call for episode in members for call in episode.calls}
     packed = pack(transitions, {f"e{i}": "g" for i in range(6)}, token_weights(transitions, "token"), by_id, 20)
     assert [len(row.nodes) for row in packed.rows] == [12, 12, 12]
     assert all(len(row.ids) <= 20 for row in packed.rows)
     account(members, transitions, packed.trees).check("split")
+
+
+def test_one_tree_is_built_for_each_row_however_many_calls_a_group_has(monkeypatch):
+    built = []
+    monkeypatch.setattr("trainers.packing.build_tree", lambda *a, **k: built.append(build_tree(*a, **k)) or built[-1])
+    made = [make_call([1], [2 + i] * 4, id=f"c{i}", episode_id=f"e{i % 3}") for i in range(90)]
+    rows = rows_to_score(made, {f"e{e}": "g" for e in range(3)}, 41)
+    assert len(rows) == len(built) == 9
 
 
 @given(st.lists(st.integers(1, 60), max_size=12), st.integers(1, 4))
@@ -153,7 +242,7 @@ def two_groups():
         make_episode(f"e{i}", [make_call([1] * 6 + [2 + i // 2], [5 + i] * 3, id=f"c{i}", episode_id=f"e{i}")])
         for i in range(4)
     ]
-    halves = [group_transitions(members[h : h + 2], {f"c{i}": float(i) for i in range(4)}, "none") for h in (0, 2)]
+    halves = [transitions_of(members[h : h + 2], {f"c{i}": float(i) for i in range(4)}, "none") for h in (0, 2)]
     transitions = halves[0] + halves[1]
     by_id = {call.id: call for episode in members for call in episode.calls}
     return transitions, {f"e{i}": f"g{i // 2}" for i in range(4)}, token_weights(transitions, "token"), by_id

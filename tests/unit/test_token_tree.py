@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_rl.token_tree import Relation, build_tree, common_prefix, label_calls
+from lightning_rl.token_tree import Relation, TokenTree, TreeSize, build_tree, common_prefix, label_calls
 from tests.unit.domain import make_call
 
 short_ids = st.lists(st.integers(0, 2), max_size=6)
@@ -11,11 +11,20 @@ call_lists = st.lists(st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size
 )
 
 
+def path_of(tree: TokenTree, call_id: str) -> list[int]:
+    """The nodes of the call's tokens, prompt first."""
+    path, node = [], tree.last_nodes[call_id]
+    while node >= 0:
+        path.append(node)
+        node = tree.parents[node]
+    return path[::-1]
+
+
 @given(call_lists)
 def test_paths_reproduce_the_ids(calls):
     tree = build_tree(calls)
     for call in calls:
-        path = tree.path(call.id)
+        path = path_of(tree, call.id)
         assert [tree.ids[node] for node in path] == call.prompt_ids + call.sampled_ids
         assert [tree.depths[node] for node in path] == list(range(len(path)))
         assert tree.terms(call.id) == [
@@ -53,9 +62,17 @@ def test_a_limit_cuts_sequences(calls, limit):
     tree = build_tree(calls, max_tokens=limit)
     for call in calls:
         sequence = call.prompt_ids + call.sampled_ids
-        assert [tree.ids[node] for node in tree.path(call.id)] == sequence[:limit]
+        assert [tree.ids[node] for node in path_of(tree, call.id)] == sequence[:limit]
         kept = max(0, min(len(call.sampled_ids), limit - len(call.prompt_ids)))
         assert [target for _, target in tree.terms(call.id)] == call.sampled_ids[:kept]
+
+
+@given(call_lists, st.integers(1, 8))
+def test_the_size_of_a_tree_is_known_without_it(calls, limit):
+    size = TreeSize()
+    for count, call in enumerate(calls, 1):
+        size = size.with_sequences([(call.prompt_ids + call.sampled_ids)[:limit]])
+        assert size.nodes == len(build_tree(calls[:count], max_tokens=limit).ids)
 
 
 @given(short_ids, short_ids)

@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("trainers.cli", "train the policy of an agent by a recipe, or resume a run"),
     "eval": ("trainers.cli", "measure a policy on a recipe's held-out tasks"),
     "export": ("trainers.cli", "write a run's policy as a Hugging Face checkpoint"),
+    "credit": ("trainers.cli", "show which call gets what, by the run's rule and by others"),
     "serve": ("rollout_server.cli", "serve a model over the OpenAI API"),
     "bench": ("rollout_server.cli", "measure the rollout engine beside its peers and against the machine"),
     "traces": ("tracers.cli", "list and show recorded episodes"),

@@ -1,4 +1,4 @@
-"""The trainer's commands: train, run, eval, export."""
+"""The trainer's commands: train, run, eval, export, credit."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import math
 from pathlib import Path
 
 from lightning_rl.errors import LightningError
+from trainers import credit_view
 
 TRAIN = """\
 Train the policy of an agent by a recipe.
 
   lrl train recipe.yaml                      a new run, in runs/<name>/<time>/
   lrl train recipe.yaml train.steps=20       with fields of the recipe overridden
+  lrl train recipe.yaml --dry-run            check it, print what would run and the objective's formula; start nothing
   lrl train --resume runs/calculator         go on with a run (a directory, or a name: its latest)
 
 A run measures the model as it is, warms it up by a few supervised steps if the recipe says so, improves it by reinforcement
@@ -52,19 +54,30 @@ def _configure_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", type=Path, help="recipe.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the recipe, e.g. train.steps=20")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run instead of starting one")
+    parser.add_argument("--dry-run", action="store_true", help="check the recipe and say what would run; start nothing")
 
 
 def _train(options: argparse.Namespace) -> int:
-    from trainers.run import resume_run, start_run
-
     if options.resume is not None:
+        if options.dry_run:
+            raise LightningError(
+                "--dry-run is for a recipe, --resume for a run", hint="lrl train RUN/recipe.yaml --dry-run"
+            )
         if options.recipe is not None:
             raise LightningError(
                 "--resume takes the recipe from the run", hint="give either a recipe or --resume RUN, not both"
             )
+        from trainers.run import resume_run
+
         return resume_run(options.resume)
     if options.recipe is None:
         raise LightningError("which recipe?", hint="lrl train recipe.yaml, or lrl train --resume RUN")
+    if options.dry_run:
+        from trainers.dry_run import dry_run
+
+        return dry_run(options.recipe, options.overrides)
+    from trainers.run import start_run
+
     return start_run(options.recipe, options.overrides)
 
 
@@ -165,4 +178,5 @@ COMMANDS = {
     "run": (RUN, _configure_run, _run),
     "eval": (EVAL, _configure_eval, _eval),
     "export": (EXPORT, _configure_export, _export),
+    "credit": (credit_view.DESCRIPTION, credit_view.configure, credit_view.run),
 }

@@ -1,4 +1,4 @@
-"""The circle: play, credit, pack, step, publish, check. Read `train` from top to bottom to follow one step of training.
+"""The circle: play, score, credit, pack, step, publish, check. Read `train` from top to bottom to follow one step of training.
 
 Every stage leaves something that says it is done: episodes in the store, an adapter, a checkpoint. A run that is killed anywhere
 repeats the stage it was in, and only what was missing of it.
@@ -9,47 +9,31 @@ from __future__ import annotations
 import itertools
 import shutil
 import time
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from msgspec import Struct
-
-from lightning_rl.agents import callers
-from lightning_rl.algorithms.aggregation import kept_tokens, token_weights
-from lightning_rl.credit import credit_rule
 from lightning_rl.episode import Episode, Task
-from lightning_rl.errors import RecipeError
-from lightning_rl.ledger import Ledger, account
+from lightning_rl.ledger import Ledger
 from lightning_rl.recipe import Recipe
-from lightning_rl.transition import NOT_OF_THE_LEARNER, Transition, group_transitions
-from trainers.checkpoint import TrainState, read_state
-from trainers.console import duration
-from trainers.evaluation import Score, score, success_values
+from lightning_rl.scores import CallScores
+from trainers.checkpoint import FIRST_VERSION, TrainState, read_state
+from trainers.doubts import doubts, nobody_learns
+from trainers.evaluation import Score
 from trainers.learner import Learner, learning_rate
-from trainers.packing import Packed, pack, share_out
+from trainers.learning import StepData, groups_of, groups_with_signal, learn_from
+from trainers.needs import calls_to_score, needs
+from trainers.packing import rows_to_score, share_out
 from trainers.publish import DEFAULT_GAP, Gap, compare, publish
 from trainers.rollouts import eval_starts, train_starts
 from trainers.session import Session
-from trainers.tracking import Sink
+from trainers.step_metrics import step_line, step_metrics, time_left
+from trainers.tracking import Sink, without_groups
 
 SEQUENCES_TO_COMPARE = 2
-FIRST_VERSION = 1
-"""Of the policy that the reinforcement learning starts from; 0 is the model as it was."""
-
-
-class StepData(Struct, frozen=True, kw_only=True):
-    """A step's episodes, and what is learned from them."""
-
-    episodes: list[Episode]
-    """All attempts."""
-    counted: list[Episode]
-    transitions: list[Transition]
-    packed: Packed
-    ledger: Ledger
-    nobody_learns: str = ""
-    """Why, if no call is of those that `agent.learns` says."""
+MEANS = ("loss", "value_loss", "gradient_norm", "critic_gradient_norm")
+"""Of an optimiser step, not sums over its tokens."""
 
 
 def train(
@@ -62,27 +46,33 @@ def train(
     for step in range(state.step, recipe.train.steps):
         if step and recipe.evaluate.every and step % recipe.evaluate.every == 0:
             evaluate(session, tasks["eval"], f"step-{step}", sinks, step)
+        title = f"step {step + 1}/{recipe.train.steps}"
         started, started_at = time.monotonic(), time.time()
-        console.status(_time_left(state, recipe, evaluation_seconds))
+        console.status(time_left(state, recipe, evaluation_seconds))
         with session.timed("rollout"):
-            session.play(f"step {step + 1}/{recipe.train.steps}: rollout", train_starts(recipe, tasks["train"], step))
-        rolled = time.monotonic()
-        data = learn_from(recipe, session.episodes("train", step))
+            episodes = play_step(session, tasks["train"], step, state.version)
+        seconds = {"rollout": time.monotonic() - started}
+        scores = None
+        if needs(recipe).scores:
+            with session.timed("score"), console.stage(f"{title}: score"):
+                scores = score_calls(recipe, learner, episodes)
+            seconds["score"] = time.monotonic() - started - sum(seconds.values())
+        data = learn_from(recipe, episodes, scores, version=state.version)
         data.ledger.check(f"step {step + 1}")
         for line in doubts(recipe, data, is_first=step == 0):
-            console.say(f"step {step + 1}/{recipe.train.steps}: {line}")
-        with session.timed("train"), console.stage(f"step {step + 1}/{recipe.train.steps}: train"):
+            console.say(f"{title}: {line}")
+        with session.timed("train"), console.stage(f"{title}: train"):
             sums = update(recipe, learner, data, step)
-        trained = time.monotonic()
+        seconds["train"] = time.monotonic() - started - sum(seconds.values())
         version = state.version + 1
-        with session.timed("publish"), console.stage(f"step {step + 1}/{recipe.train.steps}: publish"):
+        with session.timed("publish"), console.stage(f"{title}: publish"):
             gap = publish_policy(session, learner, version, _some_sequences(data.counted))
-        metrics = _metrics(recipe, data, sums, gap, version, started_at, rolled - started, trained - rolled)
+        metrics = step_metrics(recipe, data, sums, gap, version, started_at, seconds)
         state = TrainState(
             step=step + 1,
             version=version,
             world_size=recipe.train.world_size,
-            history=[*state.history, metrics],
+            history=[*state.history, without_groups(metrics)],
         )
         for sink in sinks:  # before the checkpoint: a line too many is cut on resume, a missing one would stay missing
             sink.log(metrics, state.step)
@@ -90,85 +80,53 @@ def train(
         if state.step % recipe.train.checkpoint_every == 0 or state.step == recipe.train.steps:
             with session.timed("checkpoint"):
                 learner.save(session.run.checkpoints, state, recipe.train.keep_checkpoints)
-        console.say(_line(metrics, recipe, time.monotonic() - started))
+        console.say(step_line(metrics, recipe, time.monotonic() - started))
     return state
 
 
-def learn_from(recipe: Recipe, episodes: Sequence[Episode]) -> StepData:
-    """Episodes to rows: credit, advantage, loss weights, packing, ledger. Pure."""
-    counted = [episode for episode in episodes if episode.counted]
-    rule = credit_rule(recipe.train.credit)
-    groups: dict[str, list[Episode]] = defaultdict(list)
-    for episode in counted:
-        groups[episode.start.group].append(episode)
-    transitions = []
-    for group in groups.values():
-        returns = {}
-        for episode in group:
-            returns.update(rule(episode, recipe.reward.weights))
-        transitions += group_transitions(
-            group,
-            returns,
-            recipe.train.objective.normalise,
-            learns=recipe.agent.learns,
-            adapters=recipe.model.adapters,
-        )
-    packed = pack(
-        transitions,
-        group_of={episode.id: episode.start.group for episode in counted},
-        weights=token_weights(
-            transitions, recipe.train.objective.aggregation, kept_tokens(transitions, recipe.train.max_row_tokens)
-        ),
-        calls={call.id: call for episode in counted for call in episode.calls},
-        max_row_tokens=recipe.train.max_row_tokens,
-        ranks=recipe.train.world_size,
-    )
-    ledger = account(episodes, transitions, packed.trees)
-    return StepData(
-        episodes=list(episodes),
-        counted=counted,
-        transitions=transitions,
-        packed=packed,
-        ledger=ledger,
-        nobody_learns=_nobody_learns(recipe, counted, transitions),
-    )
+def play_step(session: Session, tasks: Sequence[Task], step: int, version: int) -> list[Episode]:
+    """All attempts at the episodes of a step, counted or not. `version`: the policy that plays it.
 
-
-def _nobody_learns(recipe: Recipe, counted: Sequence[Episode], transitions: Sequence[Transition]) -> str:
-    if not transitions or any(transition.masked not in NOT_OF_THE_LEARNER for transition in transitions):
-        return ""
-    seen = {name for episode in counted for caller in callers(episode).values() for name in caller.names if name}
-    return (
-        f"agent.learns: no call of the policy fits {', '.join(recipe.agent.learns)}; the calls of this step were made under the "
-        f"names {', '.join(sorted(seen)[:20]) or '(none)'}"
-    )
-
-
-def doubts(recipe: Recipe, data: StepData, *, is_first: bool) -> list[str]:
-    """What a person should hear of before the step is trained on.
-
-    Raises RecipeError where nobody learns in the first step: that is a misspelt name. Later, those who learn did not come to it.
+    With dynamic sampling, a step in which too few groups have signal goes for as many tasks as it lacks, as often as the objective
+    says. All groups that come of it are kept, should they be more than were asked for. What a round asks for follows from what the
+    rounds before it left in the store: a resumed run asks for the same, and plays what is not there.
     """
-    lines = []
-    if data.nobody_learns and is_first:
-        raise RecipeError(
-            data.nobody_learns,
-            hint="name an agent, a graph node or a model that is asked for, and leave its calls to the policy in agent.routes",
-        )
-    if data.nobody_learns:
-        lines.append(f"nothing is trained: {data.nobody_learns}")
-    given = {reward.name for episode in data.counted for reward in episode.rewards}
-    unmet = [name for name, weight in recipe.reward.weights.items() if weight and name not in given]
-    if unmet and is_first and data.counted:
-        lines.append(f"reward.weights: no episode of this step has a reward named {', '.join(unmet)}")
-    return lines
+    recipe, train = session.recipe, session.recipe.train
+    title = f"step {step + 1}/{train.steps}: rollout"
+    starts = train_starts(recipe, tasks, step)
+    session.play(title, starts)
+    asked = {start.group for start in starts}
+    for round in range(1, train.objective.settings().dynamic_sampling + 1):
+        episodes = [episode for episode in session.episodes("train", step) if episode.start.group in asked]
+        lacking = train.tasks_per_step - len(groups_with_signal(recipe, episodes, version))
+        if lacking <= 0:
+            break
+        starts = train_starts(recipe, tasks, step, round=round, count=lacking)
+        session.play(f"{title}, {lacking} more tasks", starts, may_fail=True)
+        asked |= {start.group for start in starts}
+    return session.episodes("train", step)
+
+
+def score_calls(recipe: Recipe, learner: Learner, episodes: Sequence[Episode]) -> dict[str, CallScores]:
+    """What the trainer's models say about the learner's calls, before they learn from them."""
+    counted = [episode for group in groups_of(episodes).values() for episode in group]
+    group_of = {episode.id: episode.start.group for episode in counted}
+    ranks = recipe.train.world_size
+    rows = rows_to_score(calls_to_score(recipe, counted), group_of, recipe.train.max_row_tokens, ranks)
+    return learner.score(share_out(rows, ranks), reference=needs(recipe).reference) if rows else {}
 
 
 def update(recipe: Recipe, learner: Learner, data: StepData, step: int) -> dict[str, float]:
-    """One optimiser step, and the sums of `Learner.step`. Where nobody learned, the policy and the optimiser stay as they are."""
-    if data.nobody_learns:
+    """The optimiser steps of a step, and the sums of `Learner.step`: added up, but for those of `MEANS`, which are means over the
+    optimiser steps. Where nobody learned, and in minibatches without a loss, the policy and the optimiser stay as they are."""
+    if nobody_learns(recipe, data):
         return {}
-    return learner.step(share_out(data.packed.rows, recipe.train.world_size), learning_rate(recipe.train, step))
+    total: Counter[str] = Counter()
+    rate = learning_rate(recipe.train, step)
+    updates = [packed.rows for packed in data.updates if packed.rows]
+    for rows in updates:
+        total.update(learner.step(share_out(rows, recipe.train.world_size), rate))
+    return {name: value / len(updates) if name in MEANS else value for name, value in total.items()}
 
 
 def publish_policy(session: Session, learner: Learner, version: int, sequences: Sequence[list[int]]) -> Gap:
@@ -214,77 +172,6 @@ def _some_sequences(episodes: Sequence[Episode]) -> list[list[int]]:
     lasts = (next((c for c in reversed(e.calls) if c.sampled_ids), None) for e in episodes)  # a provider's has no ids
     known = (call.prompt_ids + call.sampled_ids for call in lasts if call is not None)
     return list(itertools.islice(known, SEQUENCES_TO_COMPARE)) or [list(range(3, 40))]
-
-
-def _metrics(
-    recipe: Recipe,
-    data: StepData,
-    sums: Mapping[str, float],
-    gap: Gap,
-    version: int,
-    started_at: float,
-    rollout_seconds: float,
-    train_seconds: float,
-) -> dict[str, Any]:
-    tokens = max(sums.get("tokens", 0.0), 1.0)
-    mean = {name: sums.get(name, 0.0) / tokens for name in ("entropy", "clip_fraction", "ratio", "tis", "gap")}
-    calls = [call for episode in data.counted for call in episode.calls]
-    sampled = [len(call.sampled_ids) for episode in data.episodes for call in episode.calls if not call.upstream]
-    fresh = sum(len(c.sampled_ids) for e in data.episodes if e.start.started_at >= started_at for c in e.calls)
-    names = sorted({reward.name for episode in data.counted for reward in episode.rewards})
-    computed = sum(len(row.ids) for row in data.packed.rows)
-    groups = {episode.start.group for episode in data.counted}
-    trained_groups = {
-        e.start.group for e in data.counted if any(t.episode_id == e.id and not t.masked for t in data.transitions)
-    }
-    outcomes: dict[str, int] = defaultdict(int)
-    for episode in data.episodes:
-        outcomes[str(episode.outcome)] += 1
-    return {
-        "success": score(success_values(data.counted, recipe.success_reward)).value,
-        "reward": {name: score(success_values(data.counted, name)).value for name in names},
-        "kl": sums.get("kl_behaviour", 0.0) / tokens,
-        "loss": sums.get("loss", 0.0),
-        "gradient_norm": sums.get("gradient_norm", 0.0),
-        **{"entropy": mean["entropy"], "clip_fraction": mean["clip_fraction"], "tis": mean["tis"]},
-        "logprob_gap": {"rollout": mean["gap"], "published": gap.mean, "published_max": gap.largest},
-        "length": {
-            "sampled_per_call": sum(sampled) / max(len(sampled), 1),
-            "sampled_per_episode": sum(sampled) / max(len(data.episodes), 1),
-            "calls_per_episode": len(calls) / max(len(data.counted), 1),
-        },
-        "outcomes": dict(outcomes),
-        "groups": {"all": len(groups), "trained": len(trained_groups)},
-        "ledger": data.ledger.to_dict(),
-        "tokens": {"computed": computed, "sampled": sum(sampled), "sampled_now": fresh},
-        "rollout_tokens_per_second": fresh / rollout_seconds,
-        "train_tokens_per_second": computed / train_seconds,
-        "seconds": {"rollout": rollout_seconds, "train": train_seconds},
-        "policy_version": version,
-    }
-
-
-def _line(metrics: Mapping[str, Any], recipe: Recipe, seconds: float) -> str:
-    return (
-        f"step {metrics['policy_version'] - FIRST_VERSION}/{recipe.train.steps}: success {metrics['success']:.2f}, "
-        f"kl {metrics['kl']:.4f}, entropy {metrics['entropy']:.2f}, gap {metrics['logprob_gap']['published']:.4f}, "
-        f"rollout {metrics['seconds']['rollout']:.0f} s at {metrics['rollout_tokens_per_second']:.0f} tok/s, "
-        f"train {metrics['seconds']['train']:.0f} s at {metrics['train_tokens_per_second']:.0f} tok/s, "
-        f"{seconds:.0f} s in all"
-    )
-
-
-def _time_left(state: TrainState, recipe: Recipe, evaluation_seconds: float) -> str:
-    if not state.history:
-        return ""
-    recent = state.history[-3:]
-    step_seconds = sum(sum(row["seconds"].values()) for row in recent) / len(recent) * 1.1
-    left = step_seconds * (recipe.train.steps - state.step) + evaluation_seconds / 2
-    last = state.history[-1]
-    return (
-        f"success {last['success']:.2f} · {last['rollout_tokens_per_second']:.0f} tok/s sampled · "
-        f"{last['train_tokens_per_second']:.0f} tok/s trained · about {duration(left)} left"
-    )
 
 
 def total_ledger(history: Sequence[Mapping[str, Any]]) -> Ledger:

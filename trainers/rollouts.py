@@ -61,20 +61,32 @@ def as_tasks(rows: Iterable[Mapping[str, Any]]) -> list[Task]:
     return [Task(id=str(row["id"]), input={key: value for key, value in row.items() if key != "id"}) for row in rows]
 
 
-def tasks_of_step(tasks: Sequence[Task], per_step: int, step: int, seed: int) -> list[Task]:
-    """The step's tasks from an endless sequence of shuffled epochs, each task once an epoch."""
-    chosen = []
-    for position in range(step * per_step, (step + 1) * per_step):
+def tasks_from(tasks: Sequence[Task], first: int, count: int, seed: int) -> list[Task]:
+    """`count` tasks of an endless sequence of shuffled epochs, from position `first` on. Each task is in an epoch once."""
+    chosen: list[Task] = []
+    order: list[int] = []
+    for position in range(first, first + count):
         epoch, index = divmod(position, len(tasks))
-        order = list(range(len(tasks)))
-        random.Random(f"{seed}-{epoch}").shuffle(order)
+        if not chosen or index == 0:
+            order = list(range(len(tasks)))
+            random.Random(f"{seed}-{epoch}").shuffle(order)
         chosen.append(tasks[order[index]])
     return chosen
 
 
-def train_starts(recipe: Recipe, tasks: Sequence[Task], step: int) -> list[EpisodeStart]:
-    """All samples of the step's tasks, one group a task, samples of a group next to each other: they share a prefix."""
-    chosen = tasks_of_step(tasks, recipe.train.tasks_per_step, step, recipe.seed)
+def train_starts(
+    recipe: Recipe, tasks: Sequence[Task], step: int, *, round: int = 0, count: int | None = None
+) -> list[EpisodeStart]:
+    """All samples of a step's tasks, one group a task, samples of a group next to each other: they share a prefix.
+
+    Round 0 has `train.tasks_per_step` tasks. Each further one of dynamic sampling has `count` of the next that many, which are set
+    aside for it whether it comes or not: so a step's tasks do not depend on how many the steps before it needed.
+    """
+    per_round = recipe.train.tasks_per_step
+    per_step = per_round * (1 + recipe.train.objective.settings().dynamic_sampling)
+    start = per_round * round
+    stop = start + (per_round if count is None else count)
+    known = tasks_from(tasks, step * per_step, stop, recipe.seed)
     return [
         _start(
             recipe,
@@ -83,11 +95,12 @@ def train_starts(recipe: Recipe, tasks: Sequence[Task], step: int) -> list[Episo
             step=step,
             sample=sample,
             # A task that occurs twice in a step (few tasks, new epoch) is two groups.
-            group=f"{step}/{task.id}" + (f"/{place}" if chosen.index(task) != place else ""),
-            first_sample=sum(other == task for other in chosen[:place]) * recipe.train.samples_per_task,
+            group=f"{step}/{task.id}" + (f"/{place}" if known.index(task) != place else ""),
+            first_sample=sum(other == task for other in known[:place]) * recipe.train.samples_per_task,
             temperature=recipe.sampling.temperature,
         )
-        for place, task in enumerate(chosen)
+        for place, task in enumerate(known)
+        if place >= start
         for sample in range(recipe.train.samples_per_task)
     ]
 

@@ -23,6 +23,7 @@ from trainers.checkpoint import TrainState, checkpoints, read_state
 from trainers.console import Console, duration
 from trainers.curve import plot_curve
 from trainers.evaluation import Score
+from trainers.learning import credit_rule
 from trainers.otlp_sink import OtlpSink, collector_of
 from trainers.ranks import RankConfig, Ranks
 from trainers.rollouts import as_tasks, eval_starts, load_tasks, tasks_digest
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 def start_run(recipe_path: Path, overrides: Sequence[str]) -> int:
     recipe = load_recipe(recipe_path, overrides)
     splits = load_tasks(recipe)
+    credit_rule(recipe)  # a user's that cannot be loaded or called fails before anything is paid for
     run = create_run(Path(recipe.runs_dir), recipe.name)
     run.recipe.write_text(recipe.to_yaml())
     run.tasks_digest.write_text(tasks_digest(splits))
@@ -48,6 +50,7 @@ def resume_run(path: Path) -> int:
     run = open_run(path)
     recipe = load_recipe(run.recipe)
     splits = load_tasks(recipe)
+    credit_rule(recipe)
     if run.tasks_digest.exists() and run.tasks_digest.read_text() != tasks_digest(splits):
         raise ResumeError(
             f"{recipe.tasks.function} makes other tasks than when the run started",

@@ -46,15 +46,16 @@ class Session:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - started
             write_json(self.run.seconds, self.seconds)
 
-    def play(self, title: str, starts: Sequence[EpisodeStart]) -> list[EpisodeResult]:
+    def play(self, title: str, starts: Sequence[EpisodeStart], *, may_fail: bool = False) -> list[EpisodeResult]:
         """Run the episodes that the store does not have yet, with progress.
 
-        Raises LightningError when none of them counts: there is nothing to learn from a run in which nothing works.
+        Raises LightningError when none of them counts, unless they `may_fail`: there is nothing to learn from a run in which
+        nothing works.
         """
         with self.console.stage(title, total=len(starts)) as stage:
             results = self.pool.run(starts, on_end=lambda _: stage.advance(), check=self.server.check)
         failed = [result for result in results if not result.counted]
-        if failed and len(failed) == len(results):
+        if failed and len(failed) == len(results) and not may_fail:
             first = failed[0]
             raise LightningError(
                 f"{title}: none of {len(results)} episodes counts; the first, {first.start.id}, ended with "

@@ -32,13 +32,20 @@ class Sink(Protocol):
 
 
 class MetricsFile:
-    """One JSON object a line. A resumed run writes it anew from what its checkpoint knows, plus earlier evaluations."""
+    """One JSON object a line. A resumed run writes it anew from what its checkpoint knows, plus earlier evaluations, and what each
+    of those lines said of each group."""
 
     def __init__(self, path: Path, history: Sequence[Mapping[str, Any]]) -> None:
         self.path = path
         rows = [{"step": step, **row} for step, row in enumerate(history, start=1)]
         if path.exists():
-            rows += [row for row in read_rows(path) if "evaluation" in row and row["step"] <= len(history)]
+            written = read_rows(path)
+            whole = {row["step"]: row for row in written if "evaluation" not in row}
+            rows = [
+                whole[row["step"]] if without_groups(whole.get(row["step"], {})) == without_groups(row) else row
+                for row in rows
+            ]
+            rows += [row for row in written if "evaluation" in row and row["step"] <= len(history)]
         rows.sort(key=lambda row: row["step"])
         scratch = path.with_name(f".{path.name}.tmp")
         scratch.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -61,6 +68,12 @@ class MetricsFile:
 
     def close(self, *, failed: bool) -> None:
         """Every line is flushed as it is written."""
+
+
+def without_groups(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """A step's metrics as a checkpoint keeps them, of every step so far: without what there is of each group."""
+    returns = {name: value for name, value in metrics.get("returns", {}).items() if name != "by_group"}
+    return {**metrics, "returns": returns} if "returns" in metrics else dict(metrics)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -104,7 +117,15 @@ class Wandb:
             raise LightningError(f"W&B: {error}", hint="tracking.wandb.mode=offline needs no network") from error
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        self._run.log(dict(_flat(metrics)), step=step)
+        """Histograms as such. Figures by group are left out: each step has other groups."""
+        self._run.log(dict(self._shown(metrics)), step=step)
+
+    def _shown(self, metrics: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+        for name, value in metrics.items():
+            if isinstance(value, Mapping) and value.keys() == {"edges", "counts"}:
+                yield name, self._wandb.Histogram(np_histogram=(value["counts"], value["edges"]))
+            else:
+                yield from _flat({name: value})
 
     def evaluation(self, label: str, score: Score, step: int) -> None:
         self._run.log({"eval/success": score.value, f"eval/{label}": score.value}, step=step)
@@ -146,7 +167,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, An
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}/")
-        else:
+        elif key != "by_group" and value is not None:
             yield f"{prefix}{key}", value
 
 

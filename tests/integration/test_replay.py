@@ -101,7 +101,7 @@ def credit_of(step: dict[str, Any], what: str, when: str) -> list[float]:
 
 def test_by_its_own_recipe_a_run_is_what_it_was(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     steps = replay(run)
-    assert [step["step"] for step in steps] == [0, 1]
+    assert [step["step"] for step in steps] == [1, 2]
     for step in steps:
         assert rewards_of(step, "then") == rewards_of(step, "now")
         assert all(call["then"] == call["now"] for episode in step["episodes"] for call in episode["calls"].values())

@@ -18,8 +18,8 @@ from rollout_server import messages as m
 from tests.integration.learning import LORA
 from tests.integration.scripted_manager import tokens
 from tests.integration.served_web import Served, served
-from trainers.learner import objective_loss
-from trainers.loop import StepData, learn_from
+from trainers.learner import row_loss
+from trainers.learning import StepData, learn_from
 from trainers.policy import load_policy, row_tensors
 from trainers.runner.pool import RunnerPool, episode_id
 from trainers.serving import running
@@ -111,7 +111,7 @@ def recipe_of(folder: Path, agent: str, overrides: list[str], weight: float) -> 
 def gradient(recipe: Recipe, data: StepData, model_dir: Path) -> dict[str, torch.Tensor]:
     policy = load_policy(model_dir, "float32", LORA, seed=0)
     for row in data.packed.rows:
-        loss, _ = objective_loss(policy(**row_tensors(row)), row, recipe.train.objective)
+        loss, _ = row_loss(policy(**row_tensors(row)), row, recipe.train.objective.settings())
         loss.backward()
     return {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
 

@@ -25,7 +25,7 @@ from lightning_rl.join import encode_agent
 from lightning_rl.ledger import account
 from lightning_rl.redact import REDACTED, Redactor
 from lightning_rl.store import Store
-from lightning_rl.transition import Mask, call_masks, group_transitions
+from lightning_rl.transition import Mask, call_masks
 from rollout_server import messages as m
 from rollout_server.admin_client import AdminClient
 from rollout_server.api.model_names import AgentRoute
@@ -36,6 +36,7 @@ from rollout_server.cli import COMMANDS, answerers
 from rollout_server.launch import RolloutServer
 from tests.integration.scripted_manager import one_by_one
 from tests.integration.served_web import CHAT, Served, eventually, served
+from tests.unit.domain import transitions_of
 from tests.unit.test_render import TOOL
 from trainers.packing import pack
 from trainers.runner.pool import RunnerPool
@@ -396,7 +397,7 @@ def test_of_two_roles_only_the_one_that_learns_is_trained(here: Here) -> None:
         )
     episodes = [here.store.episode(f"team-{number}") for number in range(2)]
     returns = {call.id: float(e.id[-1]) for e in episodes for call in e.calls}
-    transitions = group_transitions(episodes, returns, "std", learns=["writer"])
+    transitions = transitions_of(episodes, returns, "std", learns=["writer"])
     trained = {t.call_id: 1.0 for t in transitions if t.masked is None}
     writers = [episode.calls[1] for episode in episodes]
     assert set(trained) == {call.id for call in writers}

@@ -17,13 +17,15 @@ from lightning_rl.episode import Reward, Span
 from lightning_rl.errors import RecipeError
 from lightning_rl.ledger import account
 from lightning_rl.recipe import Recipe
-from lightning_rl.transition import Mask, call_masks, group_transitions
+from lightning_rl.transition import Mask, call_masks
 from rollout_server.api.model_names import AgentRoute
 from rollout_server.api.upstreams.provider import Provider
-from tests.unit.domain import make_call, make_episode
+from tests.unit.domain import make_call, make_episode, transitions_of
 from trainers import loop
 from trainers.checkpoint import TrainState
-from trainers.loop import doubts, learn_from, update
+from trainers.doubts import doubts
+from trainers.learning import learn_from
+from trainers.loop import update
 from trainers.packing import pack
 from trainers.publish import Gap
 from trainers.serving import answering, redactor
@@ -142,8 +144,8 @@ def test_the_learner_is_judged_as_if_nobody_else_had_been_recorded(group, normal
         for episode, (kinds, _) in zip(mixed, group, strict=True)
     ]
     returns = {call.id: value for episode, (_, value) in zip(mixed, group, strict=True) for call in episode.calls}
-    made = {t.call_id: t for t in group_transitions(mixed, returns, normalise, **LEARNING)}
-    for expected in group_transitions(alone, returns, normalise, **LEARNING):
+    made = {t.call_id: t for t in transitions_of(mixed, returns, normalise, **LEARNING)}
+    for expected in transitions_of(alone, returns, normalise, **LEARNING):
         transition = made.pop(expected.call_id)
         assert (transition.advantage, transition.masked) == (expected.advantage, expected.masked)
     assert all(t.masked in (Mask.OTHER_MODEL, Mask.NOT_LEARNING) for t in made.values())
@@ -164,7 +166,7 @@ def test_the_ledger_balances_for_any_mix(groups, max_tokens):
             for r, calls in enumerate(group)
         ]
         returns = {call.id: float(r % 2) for r, episode in enumerate(made) for call in episode.calls}
-        transitions += group_transitions(made, returns, "std", **LEARNING)
+        transitions += transitions_of(made, returns, "std", **LEARNING)
         episodes += made
     weights = token_weights(transitions, "token", kept_tokens(transitions, max_tokens))
     calls = {call.id: call for episode in episodes for call in episode.calls}
@@ -172,6 +174,13 @@ def test_the_ledger_balances_for_any_mix(groups, max_tokens):
     ledger = account(episodes, transitions, packed.trees)
     ledger.check("a mix")
     assert ledger.sampled == sum(len(call.sampled_ids) for call in calls.values())
+    for agent, own in (("planner", ["other"]), ("writer", [kind for kind in KINDS if kind != "other"])):
+        wanted = sum(
+            len(ids) for group in groups for made in group for kind, ids in made if kind in own and kind != "upstream"
+        )
+        assert ledger.by_agent.get(agent, {}).get("sampled", 0) == wanted
+    masked = ledger.by_agent.get("planner", {}).get("masked/not_learning", 0)
+    assert masked == ledger.masked.get("not_learning", 0)
     assert all(calls[id].sampled_ids for tree in packed.trees for id in tree.last_nodes if tree.sampled_counts[id])
     for reason in ("not_learning", "redacted"):
         kinds = [k for k, mask in EXPECTED.items() if mask == reason]
@@ -275,6 +284,10 @@ def test_a_weight_that_meets_no_reward_is_said_after_the_first_step(recipe_of):
     assert doubts(recipe, learn_from(recipe, group), is_first=False) == []
 
 
+def paid(episode, value):
+    return structs.replace(episode, rewards=[Reward(episode_id=episode.id, name="good", value=value)])
+
+
 def test_a_later_step_in_which_nobody_learns_changes_no_weights_and_the_run_goes_on(recipe_of, monkeypatch):
     recipe = recipe_of(agent={"learns": ["writer"]}, train={"steps": 3})
     came = [["learns"], ["other"], ["learns"]]
@@ -286,7 +299,7 @@ def test_a_later_step_in_which_nobody_learns_changes_no_weights_and_the_run_goes
         recipe=recipe, seconds={}, store=SimpleNamespace(starts=lambda phase: []), run=SimpleNamespace(checkpoints=None),
         console=SimpleNamespace(status=said.append, say=said.append, stage=nullcontext), timed=nullcontext,
         play=lambda title, starts: None,
-        episodes=lambda phase, step: [rollout_of(f"{step}-{r}", came[step]) for r in range(2)],
+        episodes=lambda phase, step: [paid(rollout_of(f"{step}-{r}", came[step]), float(r)) for r in range(2)],
     )  # fmt: skip
     monkeypatch.setattr(loop, "publish_policy", lambda *_: Gap(mean=0.0, largest=0.0, tokens=1))
     monkeypatch.setattr(loop, "train_starts", lambda *_: [])

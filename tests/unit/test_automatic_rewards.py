@@ -19,11 +19,10 @@ from lightning_rl.automatic_rewards import (
     offered_tools,
     require_free_names,
 )
-from lightning_rl.credit import credit_rule
 from lightning_rl.episode import Reward
 from lightning_rl.errors import RecipeError, RewardError
 from lightning_rl.recipe import AutomaticRewards, load_recipe
-from tests.unit.domain import make_call, make_episode
+from tests.unit.domain import credits_of, make_call, make_episode
 from tests.unit.test_tool_uses import asking, servers, tool_span, with_spans
 
 SCHEMA = {
@@ -205,11 +204,11 @@ def test_the_names_are_reserved():
 
 def test_automatic_rewards_need_no_weight_and_may_have_one():
     episode = make_episode("e", [make_call([1], [2])], {"correct": 1.0, "tool_error": -1.0})
-    assert credit_rule("equal")(episode, {"correct": 1.0}) == {"c": 0.0}
-    assert credit_rule("equal")(episode, {"correct": 1.0, "tool_error": 0.5}) == {"c": 0.5}
+    assert credits_of([episode], weights={"correct": 1.0}).returns == {"c": 0.0}
+    assert credits_of([episode], weights={"correct": 1.0, "tool_error": 0.5}).returns == {"c": 0.5}
     misspelt = structs.replace(episode, rewards=[structs.replace(episode.rewards[0], name="corect")])
     with pytest.raises(RecipeError, match="corect"):
-        credit_rule("equal")(misspelt, {"correct": 1.0})
+        credits_of([misspelt], weights={"correct": 1.0})
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,7 @@ from lightning_rl.episode import Outcome
 from lightning_rl.errors import LedgerError
 from lightning_rl.ledger import Ledger, account
 from lightning_rl.token_tree import build_tree
-from lightning_rl.transition import group_transitions
-from tests.unit.domain import make_call, make_episode
+from tests.unit.domain import make_call, make_episode, transitions_of
 
 ids = st.lists(st.integers(0, 1), max_size=4)
 temperatures = st.sampled_from([0.0, 1.0, 1.0])
@@ -35,7 +34,7 @@ def step_of(groups, max_tokens=None):
             if completed:
                 counted.append(episodes[-1])
                 returns |= {call.id: value for call in calls}
-        made = group_transitions(counted, returns, "std")
+        made = transitions_of(counted, returns, "std")
         trained = {t.call_id for t in made if t.masked is None}
         trees.append(build_tree([c for e in counted for c in e.calls if c.id in trained], max_tokens=max_tokens))
         transitions += made
@@ -93,11 +92,41 @@ def test_reasons():
         "masked": {"greedy": 1},
         "truncated": {"row_limit": 1},
         "dropped": {"running": 1, "timeout": 2},
-    }
+        "by_agent": {
+            "(unknown)": {
+                "sampled": 8, "trained": 3, "masked/greedy": 1, "truncated/row_limit": 1, "dropped/running": 1,
+                "dropped/timeout": 2,
+            }
+        },
+    }  # fmt: skip
     doubled = ledger + ledger
     assert doubled.sampled == 16
     assert doubled.dropped == {"running": 2, "timeout": 4}
     assert Ledger.from_dict(json.loads(json.dumps(doubled.to_dict()))) == doubled
+
+
+def test_a_ledger_from_before_agents_were_told_apart_goes_on():
+    older = {"sampled": 5, "trained": 3, "merged": 0, "masked": {"greedy": 2}, "truncated": {}, "dropped": {}}
+    read = Ledger.from_dict(older)
+    assert read.by_agent == {"(unknown)": {"sampled": 5, "trained": 3, "masked/greedy": 2}}
+    newer = Ledger(sampled=1, trained=1, by_agent={"writer": {"sampled": 1, "trained": 1}})
+    (read + newer + Ledger()).check("a resumed run")
+
+
+@pytest.mark.parametrize(
+    ("by_agent", "words"),
+    [
+        (
+            {"a": {"sampled": 3, "trained": 4}, "b": {"sampled": 2, "masked/greedy": 1}},
+            "the agent a sampled 3 tokens, 4 are",
+        ),
+        ({"a": {"sampled": 4, "trained": 4}}, "what the agents sampled is not what was sampled in all"),
+        ({"a": {"sampled": 5, "trained": 5}}, "what the agents sampled is not what was sampled in all"),
+    ],
+)
+def test_an_imbalance_of_one_agent_is_told(by_agent, words):
+    with pytest.raises(LedgerError, match=words):
+        Ledger(sampled=5, trained=4, masked={"greedy": 1}, by_agent=by_agent).check("step 3")
 
 
 def test_an_imbalance_is_told_with_the_table():

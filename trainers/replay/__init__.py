@@ -11,25 +11,21 @@ import argparse
 import contextlib
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_rl.errors import LightningError, RecipeError, StoreError
+from trainers.recorded import Recorded, found, from_here, open_recorded
 
 if TYPE_CHECKING:
     from lightning_rl.ledger import Ledger
     from lightning_rl.recipe import Recipe
-    from lightning_rl.store import Store
     from trainers.console import Console
     from trainers.replay.retraining import Retraining
     from trainers.replay.steps import ReplayedStep
-    from trainers.run_directory import RunDirectory
 
 COLUMNS = ["", "then", "now", "episodes that differ"]
-SQLITE = b"SQLite format 3\0"
 TRAIN_PHASE = "train"
 
 
@@ -39,7 +35,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "source", metavar="RUN|FILE", help="run directory, episode database (file or URL) or trace file"
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="fields of the recipe, e.g. train.credit=equal"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="fields of the recipe, e.g. train.credit=equal; functions are relative to where you are",
     )
     parser.add_argument("--recipe", type=Path, help="recipe.yaml (default: the run's own)")
     parser.add_argument("--reward", metavar="FILE.py:FUNCTION", help="reward function in place of the recipe's")
@@ -60,6 +59,7 @@ Reward, credit and train on recorded episodes once more: no engine, no agent.
   lrl traces replay runs/calculator                                     by the run's own recipe
   lrl traces replay runs/calculator reward.automatic.tool_error=-0.5    with fields of it overridden
   lrl traces replay runs/calculator --reward better.py:score            by another reward function
+  lrl traces replay runs/calculator train.credit=my_rules.py:mine       by another credit rule
   lrl traces replay traces.jsonl --recipe recipe.yaml --train --out retrained
 
 Rewards that the agent emitted stay; the recipe's are given anew: automatic ones, and those of the reward function or, without
@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
         raise LightningError("--train and --out go together", hint="lrl traces replay … --train --out DIR")
     if options.train and options.phase != TRAIN_PHASE:
         raise LightningError(f"--train learns from the phase {TRAIN_PHASE}, not {options.phase}")
-    with _opened(options.source) as source:
+    with open_recorded(options.source) as source:
         then, now = _recipes(source, options)
         _replay(source, then, now, options)
     sys.stdout.flush()
@@ -80,54 +80,15 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class _Source:
-    store: Store
-    run: RunDirectory | None
-    """None for a database or a file."""
-
-
-@contextlib.contextmanager
-def _opened(source: str) -> Iterator[_Source]:
-    """A trace file is read into a store of its own, which is gone afterwards."""
-    from lightning_rl.store import Store
-    from lightning_rl.store.place import store_of
-    from trainers.run_directory import open_run
-
-    path = Path(source)
-    if "://" in source or source.startswith("${") or _is_database(path):
-        with Store.open(store_of(source), create=False) as store:
-            yield _Source(store, None)
-    elif path.is_file():
-        from lightning_rl.trace_file import import_traces
-
-        with (
-            tempfile.TemporaryDirectory(prefix="lrl-replay-") as folder,
-            Store.open(Path(folder, "traces.db")) as store,
-        ):
-            import_traces(path, store)
-            yield _Source(store, None)
-    else:
-        run = open_run(path)
-        with Store.open(store_of(run.path), create=False) as store:
-            yield _Source(store, run)
-
-
-def _is_database(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(len(SQLITE)) == SQLITE
-
-
-def _recipes(source: _Source, options: argparse.Namespace) -> tuple[Recipe, Recipe]:
+def _recipes(source: Recorded, options: argparse.Namespace) -> tuple[Recipe, Recipe]:
     """The one that the stored rewards are credited by, the run's own where there is one, and the one to replay by."""
     from lightning_rl.recipe import load_recipe
 
     path = options.recipe or (source.run.recipe if source.run else None)
     if path is None:
         raise LightningError(f"by which recipe is {options.source} to be replayed?", hint="--recipe recipe.yaml")
-    now = load_recipe(path, [*options.overrides, *_reward_override(options.reward)], recorded=True)
+    reward = [f"reward.function={found(options.reward, '--reward')}"] if options.reward else []
+    now = load_recipe(path, [*from_here(options.overrides), *reward], recorded=True)
     given = ["reward.function=null"]  # what it gave then is stored
     try:
         return load_recipe(source.run.recipe if source.run else path, given, recorded=True), now
@@ -138,23 +99,12 @@ def _recipes(source: _Source, options: argparse.Namespace) -> tuple[Recipe, Reci
         return load_recipe(path, given, recorded=True), now
 
 
-def _reward_override(reward: str | None) -> list[str]:
-    """`--reward` is relative to where the command is started, `reward.function` to the recipe."""
-    from lightning_rl.recipe.functions import resolve_reference
-
-    if reward is None:
-        return []
-    try:
-        return [f"reward.function={resolve_reference(reward, Path.cwd())}"]
-    except ValueError as error:
-        raise LightningError(f"--reward: {error}") from error
-
-
-def _replay(source: _Source, then: Recipe, now: Recipe, options: argparse.Namespace) -> None:
+def _replay(source: Recorded, then: Recipe, now: Recipe, options: argparse.Namespace) -> None:
     import msgspec
 
     from trainers.console import Console
-    from trainers.loop import doubts
+    from trainers.doubts import doubts
+    from trainers.needs import needs
     from trainers.replay.steps import replayed, report
     from trainers.runner.user_code import load_function
 
@@ -174,8 +124,14 @@ def _replay(source: _Source, then: Recipe, now: Recipe, options: argparse.Namesp
             if beyond := [step for step in steps if step >= now.train.steps]:
                 console.say(f"left out: {len(beyond)} recorded steps beyond train.steps = {now.train.steps}")
                 steps = steps[: -len(beyond)]
+        as_it_was = not options.overrides and options.reward is None and options.recipe is None
         for step in steps:
-            replay = replayed(step, store.episodes(phase=phase, step=step), then, now, score)
+            stored = store.episodes(phase=phase, step=step)
+            scores = None
+            if retraining is not None and needs(now).scores:
+                with console.stage(f"step {step + 1}: score"):
+                    scores = retraining.scores(stored)
+            replay = replayed(step, stored, then, now, score, scores=scores, scored_then=as_it_was)
             replay.after.ledger.check(f"step {step + 1}")
             heard = doubts(now, replay.after, is_first=step == steps[0])
             _show(console, replay)
@@ -220,7 +176,9 @@ def _tokens(ledger: Ledger) -> str:
 
 
 @contextlib.contextmanager
-def _retraining(source: _Source, recipe: Recipe, options: argparse.Namespace, console: Console) -> Iterator[Retraining]:
+def _retraining(
+    source: Recorded, recipe: Recipe, options: argparse.Namespace, console: Console
+) -> Iterator[Retraining]:
     from trainers.replay.retraining import retraining
 
     start_from = options.start_from

@@ -9,16 +9,20 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_rl.episode import Episode
 from lightning_rl.errors import LightningError
 from lightning_rl.memory import keep_freed_memory
 from lightning_rl.recipe import Recipe
+from lightning_rl.scores import CallScores
 from rollout_server.models.catalog import resolve_model
-from trainers.loop import FIRST_VERSION, StepData, update
+from trainers.checkpoint import FIRST_VERSION
+from trainers.learning import StepData
+from trainers.loop import score_calls, update
 from trainers.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -34,8 +38,12 @@ class Retraining:
     out: Path
     steps: int = 0
 
+    def scores(self, episodes: Sequence[Episode]) -> dict[str, CallScores]:
+        """What the trainer's models say about a step's calls, as they are now."""
+        return score_calls(self.recipe, self.learner, episodes)
+
     def step(self, data: StepData, step: int) -> dict[str, float]:
-        """One update, as `loop.train` makes it; the sums of `Learner.step`."""
+        """The updates of a step, as `loop.train` makes them, and what it sums up of them."""
         self.steps += 1
         return update(self.recipe, self.learner, data, step)
 

@@ -20,7 +20,8 @@ from lightning_rl.automatic_rewards import require_free_names
 from lightning_rl.episode import Episode, Outcome, Reward
 from lightning_rl.errors import LightningError, RecipeError, RewardError
 from lightning_rl.recipe import RETURNED, Recipe
-from trainers.loop import StepData, learn_from
+from lightning_rl.scores import CallScores
+from trainers.learning import StepData, learn_from
 from trainers.runner.scoring import BY_RETURNING, FUNCTION, NoReward, given_rewards, no_reward, returned_rewards
 
 RewardFunction = Callable[..., Any]
@@ -31,6 +32,7 @@ was returned."""
 
 class ReplayedStep(Struct, frozen=True, kw_only=True):
     step: int
+    """As the store counts, from 0."""
     stored: list[Episode]
     """All attempts, as they were rewarded then."""
     before: StepData | None
@@ -42,19 +44,27 @@ class ReplayedStep(Struct, frozen=True, kw_only=True):
 
 
 def replayed(
-    step: int, stored: Sequence[Episode], then: Recipe, now: Recipe, score: RewardFunction | None
+    step: int,
+    stored: Sequence[Episode],
+    then: Recipe,
+    now: Recipe,
+    score: RewardFunction | None,
+    *,
+    scores: Mapping[str, CallScores] | None = None,
+    scored_then: bool = False,
 ) -> ReplayedStep:
     """`then` is the recipe that the stored rewards are credited by, `now` the one that they are replaced by; `score` is its
-    reward function.
+    reward function. `scores` are what the trainer that is retrained says about the calls, `scored_then` whether the run's own
+    trainer said the same.
 
     Raises RewardError, or what the function raises as a RewardError, with the episode; RecipeError as `learn_from`.
     """
     before, unfit = None, ""
     try:
-        before = learn_from(then, stored)
+        before = learn_from(then, stored, scores if scored_then else None)
     except RecipeError as error:
         unfit = str(error)
-    after = learn_from(now, [rewarded_anew(episode, now, score) for episode in stored])
+    after = learn_from(now, [rewarded_anew(episode, now, score) for episode in stored], scores)
     return ReplayedStep(step=step, stored=list(stored), before=before, unfit=unfit, after=after)
 
 
@@ -124,7 +134,8 @@ def by_name(rewards: Sequence[Reward]) -> dict[str, float]:
 
 
 def report(replay: ReplayedStep) -> dict[str, Any]:
-    """The whole of it as JSON: each counted episode's rewards, each of its calls' return and advantage, then and now."""
+    """The whole of it as JSON: each counted episode's rewards, each of its calls' return and advantage, then and now. The step
+    is from 1, as the console counts."""
     then = {} if replay.before is None else {t.call_id: t for t in replay.before.transitions}
     now = {transition.call_id: transition for transition in replay.after.transitions}
     rewards = {episode.id: by_name(episode.rewards) for episode in replay.after.counted}
@@ -137,7 +148,7 @@ def report(replay: ReplayedStep) -> dict[str, Any]:
         }
 
     return {
-        "step": replay.step,
+        "step": replay.step + 1,
         "episodes": [
             {
                 "id": episode.id,

@@ -1,0 +1,1 @@
+"""Studies: small experiments that back what the documentation advises."""

@@ -29,7 +29,7 @@ from trainers.publish import DEFAULT_GAP, Gap, compare, publish
 from trainers.rollouts import eval_starts, train_starts
 from trainers.session import Session
 from trainers.step_metrics import step_line, step_metrics, time_left
-from trainers.tracking import Sink, without_groups
+from trainers.tracking import Sink
 
 SEQUENCES_TO_COMPARE = 2
 MEANS = ("loss", "value_loss", "gradient_norm", "critic_gradient_norm")
@@ -72,7 +72,7 @@ def train(
             step=step + 1,
             version=version,
             world_size=recipe.train.world_size,
-            history=[*state.history, without_groups(metrics)],
+            history=[*state.history, metrics],
         )
         for sink in sinks:  # before the checkpoint: a line too many is cut on resume, a missing one would stay missing
             sink.log(metrics, state.step)

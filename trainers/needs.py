@@ -72,15 +72,10 @@ def require_scores(recipe: Recipe, counted: Sequence[Episode], scores: Mapping[s
     if needs(recipe).values:
         what, instead = f"the credit rule {recipe.train.rule} reads a critic's values", "choose another rule"
     else:
-        what = f"train.objective.kl.place={kl_place(recipe)} reads the log-probs of the trainer's policies"
+        what = "train.objective.kl, taken from rewards, reads the log-probs of the trainer's policies"
         instead = "take the penalty away, train.objective.kl={coefficient: 0}"
     raise RecipeError(
         f"{what}, and a record of episodes has none",
         hint="`lrl traces replay … --train --out DIR` trains a policy that says them; for credit from the record alone "
         f"{instead}",
     )
-
-
-def kl_place(recipe: Recipe) -> str:
-    kl = recipe.train.objective.settings().kl
-    return kl.place if kl else ""

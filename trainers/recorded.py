@@ -76,13 +76,15 @@ def from_here(overrides: Sequence[str]) -> list[str]:
 def _from_here(override: str) -> str:
     import yaml
 
+    from lightning_rl.recipe.file import parse_value
+
     name, _, text = override.partition("=")
     place = tuple(name.strip().split("."))
     field = next((field for field in OF_FUNCTIONS if place in (field, field[:-1])), None)
     if field is None:
         return override
     try:
-        value: Any = yaml.safe_load(text)
+        value: Any = parse_value(text)
     except yaml.YAMLError:
         return override
     if isinstance(value, str) and ":" in value:

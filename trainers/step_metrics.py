@@ -98,22 +98,16 @@ def group_counts(data: StepData) -> dict[str, int]:
     }
 
 
-def _returns(data: StepData) -> dict[str, Any]:
-    """Of the rollouts that count and in which the learner made a call: mean over all, mean of the groups' standard deviations, and
-    each group's own."""
+def _returns(data: StepData) -> dict[str, float]:
+    """Of the rollouts that count and in which the learner made a call: the mean, and the mean of the groups' std."""
     learners = {t.episode_id for t in data.transitions if t.masked not in NOT_OF_THE_LEARNER}
     counted = [episode for episode in data.counted if episode.id in learners]
     by_group: dict[str, list[float]] = {}
     for episode in counted:
         by_group.setdefault(episode.start.group, []).append(data.returns[episode.id])
-    each = [
-        {"group": group, "rollouts": len(values), "mean": statistics.fmean(values), "std": _std(values)}
-        for group, values in by_group.items()
-    ]
     return {
         "mean": statistics.fmean(data.returns[episode.id] for episode in counted) if counted else 0.0,
         "std": statistics.fmean(_std(values) for values in by_group.values()) if by_group else 0.0,
-        "by_group": each,
     }
 
 

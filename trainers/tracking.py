@@ -32,20 +32,13 @@ class Sink(Protocol):
 
 
 class MetricsFile:
-    """One JSON object a line. A resumed run writes it anew from what its checkpoint knows, plus earlier evaluations, and what each
-    of those lines said of each group."""
+    """One JSON object a line. A resumed run writes it anew from what its checkpoint knows, plus earlier evaluations."""
 
     def __init__(self, path: Path, history: Sequence[Mapping[str, Any]]) -> None:
         self.path = path
         rows = [{"step": step, **row} for step, row in enumerate(history, start=1)]
         if path.exists():
-            written = read_rows(path)
-            whole = {row["step"]: row for row in written if "evaluation" not in row}
-            rows = [
-                whole[row["step"]] if without_groups(whole.get(row["step"], {})) == without_groups(row) else row
-                for row in rows
-            ]
-            rows += [row for row in written if "evaluation" in row and row["step"] <= len(history)]
+            rows += [row for row in read_rows(path) if "evaluation" in row and row["step"] <= len(history)]
         rows.sort(key=lambda row: row["step"])
         scratch = path.with_name(f".{path.name}.tmp")
         scratch.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -68,12 +61,6 @@ class MetricsFile:
 
     def close(self, *, failed: bool) -> None:
         """Every line is flushed as it is written."""
-
-
-def without_groups(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """A step's metrics as a checkpoint keeps them, of every step so far: without what there is of each group."""
-    returns = {name: value for name, value in metrics.get("returns", {}).items() if name != "by_group"}
-    return {**metrics, "returns": returns} if "returns" in metrics else dict(metrics)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -117,7 +104,7 @@ class Wandb:
             raise LightningError(f"W&B: {error}", hint="tracking.wandb.mode=offline needs no network") from error
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Histograms as such. Figures by group are left out: each step has other groups."""
+        """Histograms as such."""
         self._run.log(dict(self._shown(metrics)), step=step)
 
     def _shown(self, metrics: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
@@ -167,7 +154,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, An
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}/")
-        elif key != "by_group" and value is not None:
+        elif value is not None:
             yield f"{prefix}{key}", value
 
 

@@ -12,8 +12,7 @@ zero on average, so that k1 has no place in a loss; that of k3 is (1 − exp(−
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from lightning_rl.algorithms.settings import Kl, KlEstimator
@@ -48,22 +47,18 @@ def k3(log_ratio: Tensor) -> Tensor:
 ESTIMATORS: dict[KlEstimator, Callable[[Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
 
 
-def penalties(kl: Kl, old: list[float], reference: list[float]) -> list[float]:
+def penalties(kl: Kl, old: Sequence[float], reference: Sequence[float]) -> list[float]:
     """What each token costs: the coefficient times the estimate of KL(π_old ‖ π_ref) at it, k3 up to `LARGEST_K3_PENALTY`.
 
     `old`, `reference`: log-probs of the same tokens. ValueError if they are not equally many.
     """
-    return [
-        kl.coefficient * _estimate(kl.estimator, ours - theirs) for ours, theirs in zip(old, reference, strict=True)
-    ]
+    import torch
 
-
-def _estimate(estimator: KlEstimator, log_ratio: float) -> float:
-    match estimator:
-        case "k1":
-            return log_ratio
-        case "k2":
-            return log_ratio**2 / 2
-        case "k3":
-            bounded = min(max(log_ratio, -LARGEST_LOG_RATIO), LARGEST_LOG_RATIO)
-            return min(math.expm1(-bounded) + bounded, LARGEST_K3_PENALTY)
+    if len(old) != len(reference):
+        raise ValueError(f"{len(old)} tokens have log-probs by the policy, {len(reference)} by the reference")
+    log_ratio = torch.tensor(old, dtype=torch.float64) - torch.tensor(reference, dtype=torch.float64)
+    estimate = ESTIMATORS[kl.estimator](log_ratio)
+    if kl.estimator == "k3":
+        estimate = estimate.clamp(max=LARGEST_K3_PENALTY)
+    costs: list[float] = (kl.coefficient * estimate).tolist()
+    return costs

@@ -80,7 +80,7 @@ class RecipeFile(Struct, kw_only=True):
                 self.problems.append(Problem(where=where, place=(), what="write overrides as section.field=value"))
                 continue
             try:
-                value = yaml.load(text, Loader=_Loader)
+                value = parse_value(text)
             except yaml.YAMLError as error:
                 self.problems.append(Problem(where=where, place=place, what=f"not a YAML value: {_reason(error)}"))
                 continue
@@ -132,6 +132,11 @@ def read_recipe_file(path: Path) -> RecipeFile:
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}:{_line(error)}: not YAML: {_reason(error)}") from error
     return file
+
+
+def parse_value(text: str) -> Any:
+    """What an override's text says. Raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_Loader)
 
 
 def dotted(place: Place) -> str:

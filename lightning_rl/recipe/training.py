@@ -271,8 +271,8 @@ class Train(Section):
     tasks_per_step: Count = 8
     """Tasks a step."""
     samples_per_task: Count = 8
-    """Episodes of each task: the group that a return is compared within. At least 2 where the objective has a baseline, or the
-    credit rule compares by itself (`tree`)."""
+    """Episodes of each task: the group that a return is compared within. At least 2 where the objective has a baseline or
+    dynamic sampling; `tree` may compare branches inside one episode."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """AdamW's learning rate, at its peak."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from sqlalchemy import Connection, Row, Select, bindparam, func, select
+from sqlalchemy.exc import SQLAlchemyError
 
 from lightning_rl.episode import Call, CallLink, Episode, EpisodeStart, Outcome, Reward, Span
 from lightning_rl.errors import EpisodeEnded, StoreError
@@ -328,6 +329,9 @@ def _prepare(transactions: Transactions, create: bool, patience_s: float) -> Non
     try:
         transactions.write(database.prepare, "bring up to date", patience_s)
     except StoreError as error:
+        cause = error.__cause__
+        if not isinstance(cause, SQLAlchemyError) or database.is_passing(cause):  # a lock is no lack of rights
+            raise
         raise StoreError(
             str(error),
             hint="an earlier version of Lightning RL made it: open it once with the right to write (a file and its folder; in "

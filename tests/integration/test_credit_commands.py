@@ -112,7 +112,7 @@ def test_a_dry_run_says_what_would_be_and_leaves_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-    overrides = ["train.objective=ppo", "train.credit=null", "train.epochs=2", "train.objective.kl={coefficient: 0.05}"]
+    overrides = ["train.objective=ppo", "train.epochs=2", "train.objective.kl={coefficient: 0.05}"]
     assert main(["train", str(SMOKE), "--dry-run", *overrides]) == 0
     out = capsys.readouterr().out
     for said in (
@@ -159,7 +159,7 @@ def test_the_commands_of_the_docs_find_a_rule_where_they_are_started(
     steps = [json.loads(line)["step"] for line in Path("out.jsonl").read_text().splitlines()]
     assert steps == [1, 2], "as the console counts"
     capsys.readouterr()
-    section = "train.credit={rule: 'my_rules.py:mostly_last', arguments: {share: 0.5}}"
+    section = "train.credit={rule: 'my_rules.py:mostly_last', arguments: {share: 5e-1}}"
     for override in ("train.credit=my_rules.py:mostly_last", "train.credit.rule=my_rules.py:mostly_last", section):
         assert credit(capsys, run, override)["rule"] == f"{here / 'my_rules.py'}:mostly_last"
     assert main(["credit", str(run), "train.credit=my_rule.py:mostly_last"]) == 2

@@ -19,7 +19,7 @@ from trainers.run_directory import open_run
 pytestmark = pytest.mark.timeout(600)
 
 PPO = [
-    "warm_start=null", "train.credit=null", "train.steps=2", "evaluate.tasks=2", "train.minibatches=2", "train.epochs=2",
+    "warm_start=null", "train.steps=2", "evaluate.tasks=2", "train.minibatches=2", "train.epochs=2",
     "train.tasks_per_step=2",
     "train.samples_per_task=2", "train.objective={name: ppo, kl: {coefficient: 0.1}, dynamic_sampling: 1, entropy_bonus: 0.01}",
 ]  # fmt: skip

@@ -16,11 +16,10 @@ from lightning_rl.algorithms.aggregation import kept_tokens, token_weights
 from lightning_rl.episode import Reward, Span
 from lightning_rl.errors import RecipeError
 from lightning_rl.ledger import account
-from lightning_rl.recipe import Recipe
 from lightning_rl.transition import Mask, call_masks
 from rollout_server.api.model_names import AgentRoute
 from rollout_server.api.upstreams.provider import Provider
-from tests.unit.domain import make_call, make_episode, transitions_of
+from tests.unit.domain import make_call, make_episode, make_recipe, transitions_of
 from trainers import loop
 from trainers.checkpoint import TrainState
 from trainers.doubts import doubts
@@ -191,22 +190,7 @@ def test_the_ledger_balances_for_any_mix(groups, max_tokens):
 @pytest.fixture(scope="module")
 def recipe_of(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recipe")
-    (folder / "a.py").write_text("def run(**task): ...\ndef tasks(seed): ...\ndef reward(task, episode): ...\n")
-
-    def make(**sections) -> Recipe:
-        values = {
-            "name": "r",
-            "model": {"name": "tiny-llama"},
-            "agent": {"function": "a.py:run"},
-            "tasks": {"function": "a.py:tasks"},
-            "reward": {"function": "a.py:reward", "weights": {"good": 1.0}},
-            "train": {"steps": 1},
-        }
-        for name, section in sections.items():
-            values[name] = values.get(name, {}) | section
-        return Recipe.model_validate(values, context={"folder": folder})
-
-    return make
+    return lambda **sections: make_recipe(folder, **sections)
 
 
 def test_a_step_in_which_nobody_learns_says_which_names_there_are(recipe_of):

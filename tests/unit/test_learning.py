@@ -174,7 +174,10 @@ def test_a_penalty_of_a_token_counts_for_the_tokens_up_to_it(recipe_of):
     ("train", "words"),
     [
         ({"credit": "token_gae"}, "token_gae reads a critic's values"),
-        ({"objective": {"name": "grpo", "kl": KL | {"place": "reward"}}}, "kl.place=reward reads"),
+        (
+            {"objective": {"name": "grpo", "kl": KL | {"place": "reward"}}},
+            "train.objective.kl, taken from rewards, reads",
+        ),
     ],
 )
 def test_a_record_alone_has_no_scores(recipe_of, train, words):

@@ -13,7 +13,7 @@ from tests.unit.test_learning import rollout, scores_of
 from trainers.learning import learn_from
 from trainers.publish import Gap
 from trainers.step_metrics import ADVANTAGE_EDGES, step_line, step_metrics
-from trainers.tracking import MetricsFile, Wandb, read_rows, without_groups
+from trainers.tracking import Wandb
 
 SUMS = {
     "tokens": 8.0, "correctable": 4.0, "weight_sum": 4.0, "weight_square_sum": 5.0, "clip_fraction": 2.0, "correction": 8.0,
@@ -66,12 +66,7 @@ def test_they_count_what_was_learned_from(metrics):
     assert metrics["masked_fraction"] == 0.25
     assert metrics["reward"] == {"good": 3.0}
     assert metrics["returns"]["mean"] == 3.0
-    assert metrics["returns"]["by_group"][0] == {
-        "group": "a",
-        "rollouts": 2,
-        "mean": 0.0,
-        "std": pytest.approx(2**0.5),
-    }
+    assert metrics["returns"]["std"] == pytest.approx(2 * 2**0.5), "the mean of those of 1 and -1, and of 9 and 3"
     edges, counts = metrics["advantages"]["edges"], metrics["advantages"]["counts"]
     assert len(edges) == len(counts) + 1
     in_bin = {edges[place]: count for place, count in enumerate(counts) if count}
@@ -102,19 +97,6 @@ def test_means_over_no_tokens_are_unknown_and_rollouts_of_others_have_no_return(
     assert (figures["kl"], figures["logprob_gap"]["rollout"], figures["effective_sample_size"]) == (None, None, None)
     assert "kl unknown" in step_line(figures, recipe, 1.0)
     assert figures["returns"]["mean"] == 0.5
-    assert figures["returns"]["by_group"][0]["rollouts"] == 2
-
-
-def test_a_checkpoint_keeps_no_groups_and_a_resumed_run_still_has_them(metrics, tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    MetricsFile(path, []).log(metrics, 1)
-    history = json.loads(json.dumps([without_groups(metrics)]))
-    assert "by_group" not in history[0]["returns"]
-    MetricsFile(path, history)
-    (row,) = read_rows(path)
-    assert row["returns"]["by_group"] == metrics["returns"]["by_group"]
-    MetricsFile(path, [history[0] | {"success": -1.0}])
-    assert read_rows(path)[0]["success"] == -1.0, "the checkpoint's word counts"
 
 
 def explained(targets, values):
@@ -132,4 +114,4 @@ def test_wandb_gets_a_histogram_and_the_same_names_in_every_step(metrics):
     sink.log(metrics, 1)
     assert sent["advantages"] == ("histogram", metrics["advantages"]["counts"], ADVANTAGE_EDGES)
     assert sent["returns/mean"] == 3.0
-    assert not [name for name in sent if name.startswith("returns/by_group") or name == "advantages/edges"]
+    assert not [name for name in sent if name == "advantages/edges"]

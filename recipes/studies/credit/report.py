@@ -73,7 +73,7 @@ def markdown(curves: Curves) -> str:
             needed = _needed(seeds)
             base = _needed(curves[task]["equal"]) if "equal" in curves[task] else []
             missed = sum(math.isinf(value) for value in needed)
-            short = f", {len(needed)} seeds only" if len(needed) < len(curves[task].get("equal", needed)) else ""
+            short = f", of {len(needed)} only" if len(needed) < len(curves[task].get("equal", needed)) else ""
             never = f", {missed} of {len(needed)} never" if missed else ""
             cells.append(_episodes(median_of(needed), tried) + never + short)
             cells.append("1" if rule == "equal" else _ratio(needed, base, tried))

@@ -8,10 +8,11 @@ import pytest
 
 from tests.postgres import postgres as postgres
 
-# In CI the same examples every time: what fails there fails for everybody. Elsewhere new ones are looked for.
-hypothesis.settings.register_profile("ci", derandomize=True)
-if os.environ.get("CI"):
-    hypothesis.settings.load_profile("ci")
+# In CI the same examples every time: what fails there fails for everybody. Elsewhere new ones are looked for. How long one
+# takes is never a failure.
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("elsewhere", deadline=None)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "elsewhere")
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("WANDB_MODE", "disabled")

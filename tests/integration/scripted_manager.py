@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ Script = Callable[[m.Submit], list[m.FromManager]]
 class ScriptedManager:
     def __init__(self, ipc_dir: Path) -> None:
         self.reset()
+        self._unasked: deque[m.FromManager] = deque()
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.PAIR)
         self._socket.bind(f"ipc://{ipc_dir}/web.ipc")
@@ -46,6 +48,10 @@ class ScriptedManager:
         self.checksum = "sum"
         self.stats = {"version": 3.0}
 
+    def say(self, *messages: m.FromManager) -> None:
+        """What a request that was left open hears later."""
+        self._unasked.extend(messages)
+
     def stop(self) -> None:
         """As if the process had died. Idempotent."""
         if self._stopping.is_set():
@@ -57,6 +63,8 @@ class ScriptedManager:
 
     def _run(self) -> None:
         while not self._stopping.is_set():
+            while self._unasked:
+                self._socket.send(m.encode(self._unasked.popleft()))
             if self._socket.poll(20):
                 for answer in self._answers(m.decode_to_manager(self._socket.recv())):
                     self._socket.send(m.encode(answer))
@@ -96,14 +104,15 @@ def tokens(
     version: int = 3,
     cached: int = 0,
 ) -> m.Tokens:
-    """Sampled tokens, the log-prob of id i being -i/1000."""
-    top = [[(i, -i / 1000), (17, -50.0)] for i in ids] if submit.sampling.top_logprobs else []
+    """Sampled tokens, the log-prob of id i being -i/1000, the entropy i/1024."""
+    top = [[(i, -i / 1024), (17, -50.0)] for i in ids] if submit.sampling.top_logprobs else []
     return m.Tokens(
         request_id=submit.request_id,
         index=index,
         ids=ids,
         logprobs=[-i / 1000 for i in ids],
         versions=[version] * len(ids),
+        entropies=[i / 1024 for i in ids],
         top_logprobs=top,
         finish_reason=finish_reason,
         cached_tokens=cached,
@@ -142,6 +151,6 @@ def serving_app(config: Callable[[int], WebConfig]) -> Iterator[tuple[str, Starl
         yield f"http://127.0.0.1:{listener.getsockname()[1]}", app
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()
         listener.close()

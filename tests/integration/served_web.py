@@ -47,13 +47,13 @@ class Served:
         return int(self.url.rpartition(":")[2])
 
     def post(self, path: str = CHAT, body: Any = None, **options: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json=hello() if body is None else body, timeout=20, **options)
+        return httpx.post(self.url + path, json=hello() if body is None else body, timeout=60, **options)
 
     def get(self, path: str, **options: Any) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=20, **options)
+        return httpx.get(self.url + path, timeout=60, **options)
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=20)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=60)
 
     def raw(self, *sent: bytes) -> bytes:
         """What comes back until the server closes."""
@@ -90,7 +90,7 @@ def status_and_error(answer: bytes) -> tuple[int, dict[str, Any]]:
     return int(head.split()[1]), json.loads(body)["error"]
 
 
-def eventually(holds: Any, seconds: float = 5.0) -> None:
+def eventually(holds: Any, seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline

@@ -46,7 +46,7 @@ class Site:
         return AdminClient(self.url, "admin")
 
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="x", max_retries=0, timeout=20)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="x", max_retries=0, timeout=60)
 
     def changes(self) -> list[list[m.ToManager]]:
         heard = [manager.changes[:] for manager in self.managers]

@@ -99,7 +99,7 @@ def run(tmp_path: Path, store: Store, somebody_listens: str) -> Callable[..., li
 
     def run(tasks: dict[str, dict[str, Any]], *words: str, **settings: Any) -> list[EpisodeResult]:
         command = Command(words=list(words) or [sys.executable, "-I", "agent.py"], folder=str(tmp_path))
-        given = {"must_reward": False, "server_url": somebody_listens, "timeout_s": 30.0, "max_attempts": 1}
+        given = {"must_reward": False, "server_url": somebody_listens, "timeout_s": 120.0, "max_attempts": 1}
         with RunnerPool(agent_command=command, store=store, **(given | settings)) as pool:
             return pool.run(
                 [
@@ -137,7 +137,7 @@ def test_a_program_gets_its_task_and_gives_answer_and_rewards(
 def test_a_flood_and_a_child_left_behind_are_bounded(run: Callable[..., list[EpisodeResult]]) -> None:
     begun = time.monotonic()
     long, quiet, loud = run({name: {"how": how} for name, how in COMPANY.items()}, concurrency=3)
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 60
     assert long.answer == "y" * 10_000_000, long.error
     assert len(long.output) <= 4000
     assert isinstance(quiet.answer, int)
@@ -150,7 +150,7 @@ COMPANY = {"long": "at length", "quiet": "with company", "loud": "with company"}
 
 
 def gone(pid: int) -> bool:
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while time.monotonic() < end:
         try:
             if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
@@ -176,8 +176,8 @@ def test_bad_lines_are_errors_of_their_own_episodes(run: Callable[..., list[Epis
 def test_how_a_program_ends_is_an_outcome(
     run: Callable[..., list[EpisodeResult]], tmp_path: Path, store: Store
 ) -> None:
-    tasks = {how: {"how": how, "pid": str(tmp_path / "pid")} for how in ("code", "signal", "hang")}
-    code, killed, hung = run(tasks, timeout_s=2.0)
+    code, killed = run({how: {"how": how} for how in ("code", "signal")})
+    (hung,) = run({"hang": {"how": "hang", "pid": str(tmp_path / "pid")}}, timeout_s=3.0)
     assert code.outcome is Outcome.AGENT_ERROR
     assert "exit code 3" in str(code.error)
     assert "the reason" in str(code.error)

@@ -20,7 +20,7 @@ from lightning_rl.store import Store
 from lightning_rl.token_tree import label_calls
 from rollout_server import messages as m
 from rollout_server.api.config import WebConfig
-from rollout_server.api.front.limits import Limits
+from rollout_server.api.front.endpoint import Endpoint
 from rollout_server.api.rendering.render import Renderer
 from tests.chat_templates import dir_of, kinds
 from tests.integration.scripted_manager import ScriptedManager, one_by_one, serving_web, tokens
@@ -46,7 +46,7 @@ class Server:
 
     def begin(self, episode: str) -> openai.OpenAI:
         self.store.begin(EpisodeStart(id=episode, task=Task(id="t", input={}), phase="train"))
-        return openai.OpenAI(base_url=f"{self.url}/e/{episode}/v1", api_key="x", max_retries=0, timeout=20)
+        return openai.OpenAI(base_url=f"{self.url}/e/{episode}/v1", api_key="x", max_retries=0, timeout=60)
 
     def says(self, *texts: str, end: bool = True) -> None:
         """In tokens that no tokeniser would make of it: one a character, where there is one."""
@@ -82,14 +82,12 @@ def server(
 
 @pytest.fixture(scope="module")
 def thinking(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(
-        "qwen3", tiny_llama, tmp_path_factory.mktemp("thinking"), limits=Limits(request_timeout_s=3)
-    ) as running:
+    with serving("qwen3", tiny_llama, tmp_path_factory.mktemp("thinking")) as running:
         yield running
 
 
 @contextmanager
-def serving(kind: str, tiny_llama: Path, folder: Path, **settings: Any) -> Iterator[Server]:
+def serving(kind: str, tiny_llama: Path, folder: Path) -> Iterator[Server]:
     model = dir_of(kinds()[kind], tiny_llama, folder / "model")
 
     def config(listen_fd: int) -> WebConfig:
@@ -102,7 +100,6 @@ def serving(kind: str, tiny_llama: Path, folder: Path, **settings: Any) -> Itera
             listen_fd=listen_fd,
             admin_key="admin",
             store=str(folder / "episodes.db"),
-            **settings,
         )
 
     manager = ScriptedManager(folder)
@@ -171,7 +168,7 @@ QUESTION: dict[str, Any] = {"role": "user", "content": "How much is it?"}
 
 def chat(server: Server, messages: list[Any], key: str = "x", **more: Any) -> Any:
     """Without an episode."""
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=20)
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=60)
     return client.chat.completions.create(model="m", messages=messages, **more).choices[0].message
 
 
@@ -243,19 +240,24 @@ def failing(submit: m.Submit) -> list[m.FromManager]:
 @pytest.mark.parametrize("script", [failing, lambda submit: []], ids=["engine error", "timeout"])
 @pytest.mark.parametrize("raw", [False, True])
 def test_what_was_asked_in_vain_was_not_asked(
-    thinking: Server, script: Callable[[m.Submit], list[m.FromManager]], raw: bool
+    thinking: Server,
+    script: Callable[[m.Submit], list[m.FromManager]],
+    raw: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     episode = f"vain-{script is failing}-{raw}"
     client = thinking.begin(episode)
 
-    def ask(*replies: str) -> Any:
+    def ask() -> Any:
         if raw:
             return client.completions.create(model="m", prompt=[300, 301], n=2)
         return client.chat.completions.create(model="m", messages=[QUESTION], n=2)
 
     thinking.manager.script = script
-    with pytest.raises(openai.APIError):
-        ask()
+    with monkeypatch.context() as hasty:
+        hasty.setattr(Endpoint, "_time", lambda *_: 2.0)
+        with pytest.raises(openai.APIError):
+            ask()
     eventually(lambda: len(thinking.calls(episode)) == 2)
     for _ in range(2):
         thinking.says("One.", "Two.")

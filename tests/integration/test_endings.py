@@ -18,7 +18,7 @@ from tests.integration.served_web import Served, at_once, eventually, served
 
 @pytest.fixture(scope="module")
 def web(tiny_llama: Path) -> Iterator[Served]:
-    with served(tiny_llama, limits=Limits(request_timeout_s=0.5)) as running:
+    with served(tiny_llama) as running:
         yield running
 
 
@@ -55,21 +55,22 @@ def test_what_passes_is_sent_again(web: Served) -> None:
 
 
 def test_what_the_administrator_asks_for_takes_as_long_as_it_takes(
-    web: Served, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers = web.manager._answers
+    with served(tiny_llama, limits=Limits(request_timeout_s=0.5)) as hasty:
+        answers = hasty.manager._answers
 
-    def slowly(message: m.ToManager) -> list[m.FromManager]:
-        if isinstance(message, m.UpdateWeights):
-            time.sleep(1.2)
-        return answers(message)
+        def slowly(message: m.ToManager) -> list[m.FromManager]:
+            if isinstance(message, m.UpdateWeights):
+                time.sleep(1.2)
+            return answers(message)
 
-    monkeypatch.setattr(web.manager, "_answers", slowly)
-    admin = {"authorization": "Bearer admin"}
-    body = {"lora_name": "slow", "lora_path": "/a"}
-    assert web.post("/v1/load_lora_adapter", body, headers=admin).status_code == 200
-    assert "slow" in {entry["id"] for entry in web.get("/v1/models").json()["data"]}
-    assert web.post("/v1/unload_lora_adapter", {"lora_name": "slow"}, headers=admin).status_code == 200
+        monkeypatch.setattr(hasty.manager, "_answers", slowly)
+        admin = {"authorization": "Bearer admin"}
+        body = {"lora_name": "slow", "lora_path": "/a"}
+        assert hasty.post("/v1/load_lora_adapter", body, headers=admin).status_code == 200
+        assert "slow" in hasty.services.engine.adapters
+        assert hasty.post("/v1/unload_lora_adapter", {"lora_name": "slow"}, headers=admin).status_code == 200
 
 
 def test_an_adapter_whose_loader_hung_up_is_known(web: Served) -> None:

@@ -53,6 +53,8 @@ class TestLangChain(ChatModelIntegrationTests):
         self._url = f"{server.base_url}/v1"
         self._penalty = 1.1 if "structured" in request.node.name else 1.0
         self._choice = {"tool_choice": "required"} if "agent_loop" in request.node.name else {}
+        # what is filled in is filled in to its end; of what is only said, the beginning will do
+        self._tokens = 160 if any(word in request.node.name for word in ("tool", "structured", "agent")) else 24
 
     @property
     def chat_model_class(self) -> type[BaseChatModel]:
@@ -65,7 +67,7 @@ class TestLangChain(ChatModelIntegrationTests):
             "base_url": self._url,
             "api_key": "x",
             "temperature": 0,
-            "max_tokens": 160,
+            "max_tokens": self._tokens,
             "stream_usage": True,
             "max_retries": 0,
             "model_kwargs": {"parallel_tool_calls": False, **self._choice},

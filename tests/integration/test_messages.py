@@ -45,7 +45,7 @@ def client_of(web: Web, episode: str | None = None) -> anthropic.Anthropic:
     if episode is not None:
         web.begin(episode)
     prefix = f"/e/{episode}" if episode else ""
-    return anthropic.Anthropic(base_url=f"{web.url}{prefix}", api_key="secret", max_retries=0, timeout=20)
+    return anthropic.Anthropic(base_url=f"{web.url}{prefix}", api_key="secret", max_retries=0, timeout=60)
 
 
 def essence(message: Any) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def play(directory: Path, scene: Scene, replicas: int = 2) -> None:
         engine.start()
         try:
             await engine.stats()
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 await scene(engine, managers)
         finally:
             engine.close()

@@ -7,6 +7,7 @@ drained.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -15,7 +16,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -37,6 +37,7 @@ from rollout_server.config import EngineConfig
 from rollout_server.launch import RolloutServer
 from rollout_server.weight_sources import publish_shared_memory
 
+DRAIN_S = 60
 ADAPTER: dict[str, object] = {
     "peft_type": "LORA",
     "r": 4,
@@ -71,7 +72,7 @@ async def engine(model: Path, directory: Path, **settings: Any) -> AsyncIterator
     finally:
         client.close()
         manager.send_signal(signal.SIGINT)
-        assert manager.wait(10) == 0
+        assert manager.wait(60) == 0
 
 
 def kill_worker(directory: Path) -> None:
@@ -105,11 +106,13 @@ def test_replies_are_the_same_whenever_the_worker_is_killed(tiny_llama: Path, tm
         settings = {"kv_tokens": 4096, "max_batch": 6, "host_kv_tokens": 2048, "batch_invariant": True}
         async with engine(tiny_llama, tmp_path / "calm", **settings) as (client, _):
             expected = await asyncio.gather(*(ask(client, seed) for seed in range(10)))
-        rng = random.Random(7)
+        sampled = sum(len(ids) for choices in expected for ids, _, _ in choices)
+        moments = sorted(random.Random(7).sample(range(1, sampled * 3 // 4), 3))
         async with engine(tiny_llama, tmp_path / "killed", **settings) as (client, directory):
             asking = asyncio.gather(*(ask(client, seed) for seed in range(10)))
-            for restarts in (1, 2, 3):
-                await asyncio.sleep(rng.uniform(0.1, 0.5))
+            for restarts, moment in enumerate(moments, 1):
+                while (await client.stats())["sampled_tokens"] < moment:
+                    await asyncio.sleep(0.005)
                 assert not asking.done(), "it was killed too late"
                 kill_worker(directory)
                 await up_again(client, restarts)
@@ -221,7 +224,7 @@ def serve(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     code = "import sys; from lightning_rl.cli import main; sys.exit(main())"
     arguments = ["serve", "--model", "tiny-llama", "--port", "0", "--threads", "1", "--log-dir", str(tmp_path)]
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments, "--drain-s", "60"],
+        [sys.executable, "-c", code, *arguments, "--drain-s", str(DRAIN_S)],
         env={**os.environ, "TMPDIR": str(tmp_path)},
         stdout=subprocess.PIPE,
         text=True,
@@ -255,6 +258,11 @@ class Held:
         self._socket.sendall(f"{head}content-length: {len(self._body)}\r\nexpect: 100-continue\r\n\r\n".encode())
         assert self._socket.recv(4096).startswith(b"HTTP/1.1 100 ")
 
+    def is_cut_off(self) -> bool:
+        with self._socket, contextlib.suppress(ConnectionResetError):
+            return self._socket.recv(65536) == b""
+        return True
+
     def finish(self) -> dict[str, Any]:
         self._socket.sendall(self._body)
         answer = b"".join(iter(lambda: self._socket.recv(65536), b""))
@@ -273,7 +281,7 @@ def test_sigterm_lets_requests_finish_and_refuses_new_ones(serve: tuple[subproce
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
     assert int(refused.headers["retry-after"]) > 0
     assert held.finish()["usage"]["completion_tokens"] == 40
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0
 
 
 def test_a_sigterm_to_all_processes_at_once_lets_requests_finish(
@@ -294,7 +302,7 @@ def test_a_sigterm_to_all_processes_at_once_lets_requests_finish(
         until(lambda: generate(url, 1).status_code == 503)
         assert list(lines)[-2:] == ["data: [DONE]", ""]
     assert held.finish()["usage"]["completion_tokens"] == 40
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0
     until(lambda: not any(map(alive, family)))
     assert not list(tmp_path.glob("lrl-*"))
 
@@ -318,28 +326,28 @@ def test_a_manager_does_not_wait_for_grammars_when_it_ends(tiny_llama: Path, tmp
             return time.monotonic()
 
     began = asyncio.run(run())
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 10
 
 
 def test_a_second_signal_ends_at_once(serve: tuple[subprocess.Popen[str], str]) -> None:
+    """And cuts off who would have been waited for: a request that is still read, and an answer that the engine works at."""
     process, url = serve
-
-    def ask_and_be_cut_off() -> None:
-        with pytest.raises(httpx.HTTPError):
-            generate(url, 2000).raise_for_status()
-
-    threads = [threading.Thread(target=ask_and_be_cut_off) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    time.sleep(0.5)
-    process.send_signal(signal.SIGTERM)
-    time.sleep(0.3)
-    began = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(5) == 130
-    assert time.monotonic() - began < 2
-    for thread in threads:
-        thread.join(5)
+    held = Held(url)
+    body = {"model": "tiny-llama", "prompt": [5, 6, 7], "max_tokens": 1900, "n": 4, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        until(lambda: generate(url, 1).status_code == 503)
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 130
+        assert time.monotonic() - began < DRAIN_S / 2
+        told = []
+        with contextlib.suppress(httpx.TransportError):
+            told += lines
+        assert "data: [DONE]" not in told
+    assert held.is_cut_off()
 
 
 def healthy(server: RolloutServer) -> bool:
@@ -357,7 +365,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def until(condition: Any, seconds: float = 30) -> None:
+def until(condition: Any, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

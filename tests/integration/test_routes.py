@@ -130,7 +130,7 @@ class Here:
             base_url=f"{self.web.url}/e/{episode}/v1",
             api_key=AGENT_KEY,
             max_retries=0,
-            timeout=20,
+            timeout=60,
             default_headers={"x-lrl-agent": encode_agent(agent), **headers},
         )
 
@@ -231,7 +231,7 @@ def test_messages_of_anthropics_dialect_are_relayed_whole_and_streamed(here: Her
         base_url=here.begin("anthropic"),
         api_key=AGENT_KEY,
         max_retries=0,
-        timeout=20,
+        timeout=60,
         default_headers={"x-lrl-agent": "planner"},
     )
     tool: Any = {"name": "calculator", "input_schema": {"type": "object", "properties": {}}}
@@ -288,7 +288,7 @@ def test_bytes_go_through_untouched_and_the_call_is_durable_before_the_last(here
         "openai-beta": "x=v2",
     }
     got = b""
-    with httpx.stream("POST", url, content=sent, headers=headers, timeout=20) as answer:
+    with httpx.stream("POST", url, content=sent, headers=headers, timeout=60) as answer:
         for chunk in answer.iter_raw():
             got += chunk
             if b"[DONE]" in got:
@@ -431,7 +431,7 @@ def test_a_secret_is_gone_from_the_store_and_nothing_else_changes(here: Here) ->
     client.chat.completions.create(model="tiny", messages=messages, tools=[TOOL])
     url = f"{here.web.url}/e/secret"
     raw = here.renderer.encode(f"raw {SECRET}")
-    httpx.post(f"{url}/v1/completions", json={"model": "tiny", "prompt": raw}, timeout=20)
+    httpx.post(f"{url}/v1/completions", json={"model": "tiny", "prompt": raw}, timeout=60)
     here.openai("clean", "writer").chat.completions.create(model="tiny", messages=HELLO)
     planner = here.openai("secret", "planner").chat.completions
     says(here.elsewhere, here.renderer, f"You said {SECRET}")

@@ -148,7 +148,7 @@ def strange(task):
             import ctypes
             ctypes.PyDLL(None).sleep(300)  # with the interpreter's lock
         case _:
-            end = time.monotonic() + 3.5
+            end = time.monotonic() + 4.5
             while time.monotonic() < end:
                 pass
             return "busy"
@@ -260,7 +260,7 @@ def make_pool(tmp_path: Path, store: Store) -> Iterator[MakePool]:
             agent_function=(tmp_path / "my_agents.py", agent),
             reward_function=(tmp_path / "my_rewards.py", reward) if reward else None,
             store=store,
-            **{"server_url": "http://127.0.0.1:9", "timeout_s": 30.0, "concurrency": 4} | settings,
+            **{"server_url": "http://127.0.0.1:9", "timeout_s": 120.0, "concurrency": 4} | settings,
         )
         pools.append(pool)
         return pool
@@ -295,7 +295,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_until(true: Callable[[], bool], seconds: float = 10.0) -> bool:
+def wait_until(true: Callable[[], bool], seconds: float = 60.0) -> bool:
     end = time.monotonic() + seconds
     while not true() and time.monotonic() < end:
         time.sleep(0.02)
@@ -526,10 +526,10 @@ def test_output_of_the_agent_stays_off_the_console(
 
 def test_a_hanging_agent_is_killed_with_all_it_started(make_pool: MakePool, store: Store, tmp_path: Path) -> None:
     begun = time.monotonic()
-    result = one(make_pool("hangs", timeout_s=1.0), folder=str(tmp_path))
-    assert time.monotonic() - begun < 10
+    result = one(make_pool("hangs", timeout_s=3.0), folder=str(tmp_path))
+    assert time.monotonic() - begun < 60
     assert result.outcome is Outcome.TIMEOUT
-    assert "within 1 s" in str(result.error)
+    assert "within 3 s" in str(result.error)
     assert [reward.name for reward in result.rewards] == ["before"], "what came before the end is kept"
     assert [span.name for span in store.episode(result.start.id).spans] == ["before"]
     for name in ("t0", "t0-child"):
@@ -549,23 +549,23 @@ def test_threads_that_an_agent_has_left_running_are_waited_for(make_pool: MakePo
     result = one(make_pool("leaves_threads", None))
     assert (result.outcome, result.answer) == (Outcome.COMPLETED, "words"), result.error
     assert {reward.name: reward.value for reward in result.rewards} == {"thread": 0.5, "pool": 0.5}
-    assert result.seconds < 10
+    assert result.seconds < 60, "idle threads are not waited for"
     spans = {span.name: span for span in store.episode(result.start.id).spans}
     root = spans["leaves_threads"].id
     assert [spans[f"in {name}"].parent_id for name in ("thread", "pool")] == [root, root], "it is the root's work"
 
 
 def test_silence_is_found_and_a_busy_agent_is_not_silent(make_pool: MakePool) -> None:
-    stopped, stuck, busy = make_pool("strange", heartbeat_s=2.0, max_attempts=1).run(starts(3))
+    stopped, stuck, busy = make_pool("strange", heartbeat_s=3.0, max_attempts=1).run(starts(3))
     for result in (stopped, stuck):
         assert result.outcome is Outcome.TIMEOUT
-        assert "the agent showed no sign of life for 2 s and was killed" in str(result.error)
-        assert 2.0 <= result.seconds < 15
+        assert "the agent showed no sign of life for 3 s and was killed" in str(result.error)
+        assert 3.0 <= result.seconds < 60
     assert busy.answer == "busy", busy.error
 
 
 def test_the_recipe_may_score_a_timeout(make_pool: MakePool, store: Store, tmp_path: Path) -> None:
-    pool = make_pool("hangs", timeout_s=1.0, outcome_policy={Outcome.TIMEOUT: "score"})
+    pool = make_pool("hangs", timeout_s=3.0, outcome_policy={Outcome.TIMEOUT: "score"})
     result = one(pool, folder=str(tmp_path))
     assert (result.outcome, result.counted) == (Outcome.TIMEOUT, True)
     rewards = {reward.name: reward.value for reward in result.rewards}
@@ -594,9 +594,8 @@ def test_the_recipe_may_score_an_agent_error(make_pool: MakePool) -> None:
 def test_a_failing_reward_function_is_not_the_agents_fault(
     make_pool: MakePool, store: Store, reward: str, said: str
 ) -> None:
-    result = one(
-        make_pool("echo_async", reward, max_attempts=1, timeout_s=2.0, outcome_policy={Outcome.TIMEOUT: "score"})
-    )
+    short = {"timeout_s": 2.0} if reward == "hangs" else {}
+    result = one(make_pool("echo_async", reward, max_attempts=1, outcome_policy={Outcome.TIMEOUT: "score"}, **short))
     assert result.outcome is Outcome.INFRASTRUCTURE_ERROR
     assert not result.counted
     assert said in str(store.episode(result.start.id).error)
@@ -704,7 +703,7 @@ pool.run([start])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     trainer = subprocess.Popen([sys.executable, "-c", script], env=environment)
     try:
-        assert wait_until((tmp_path / "t0-child").exists, 30)
+        assert wait_until((tmp_path / "t0-child").exists)
         pids = [int((tmp_path / name).read_text()) for name in ("t0", "t0-child")]
         assert all(map(alive, pids))
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lightning_rl.cli import main
 from lightning_rl.ledger import Ledger
 from lightning_rl.store import Store
+from tests.forked import Forked
 from trainers.run import latest_policy
 from trainers.run_directory import RunDirectory, open_run
 
@@ -27,7 +30,16 @@ WHOLE_RUN_S = 240
 pytestmark = pytest.mark.timeout(900)
 
 
-def lrl(*arguments: object, cwd: Path, **environment: str) -> subprocess.Popen[str]:
+Process = subprocess.Popen[str] | Forked
+
+
+def lrl(*arguments: object, cwd: Path) -> Forked:
+    """`lrl` in a process that is there soon."""
+    return Forked(list(map(str, arguments)), cwd, {**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def lrl_from_scratch(*arguments: object, cwd: Path, **environment: str) -> subprocess.Popen[str]:
+    """As a user starts it."""
     return subprocess.Popen(
         [sys.executable, "-m", "lightning_rl.cli", *map(str, arguments)],
         cwd=cwd,
@@ -39,12 +51,20 @@ def lrl(*arguments: object, cwd: Path, **environment: str) -> subprocess.Popen[s
     )
 
 
-def finish(process: subprocess.Popen[str]) -> str:
+def here(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: object, **environment: str) -> int:
+    """`lrl` in this process, which has imported all that a process of its own would import first."""
+    monkeypatch.chdir(folder)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    return main(list(map(str, arguments)))
+
+
+def finish(process: Process) -> str:
     output, _ = process.communicate(timeout=WHOLE_RUN_S)
     return output
 
 
-def until(process: subprocess.Popen[str], words: str) -> str:
+def until(process: Process, words: str) -> str:
     """Read until a line has the words."""
     seen = []
     assert process.stdout is not None
@@ -72,7 +92,7 @@ def descendants(pid: int) -> set[int]:
     return found
 
 
-def gone(pids: set[int], seconds: float = 10.0) -> bool:
+def gone(pids: set[int], seconds: float = 60.0) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if not any(alive(pid) for pid in pids):
@@ -92,7 +112,7 @@ def alive(pid: int) -> bool:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """A run that nobody interrupts, with W&B offline."""
     home = tmp_path_factory.mktemp("whole")
-    process = lrl("train", RECIPE, "tracking.wandb.mode=offline", cwd=home, WANDB_MODE="offline")
+    process = lrl_from_scratch("train", RECIPE, "tracking.wandb.mode=offline", cwd=home, WANDB_MODE="offline")
     output = finish(process)
     assert process.returncode == 0, output
     return open_run(home / "runs" / "smoke")
@@ -148,9 +168,10 @@ def test_eval_measures_the_same_policy_the_same(whole: RunDirectory, tmp_path: P
     assert again == final
 
 
-def test_export_is_a_checkpoint_that_transformers_loads(whole: RunDirectory, tmp_path: Path) -> None:
-    process = lrl("export", whole.path, "--out", tmp_path / "merged", cwd=tmp_path)
-    assert process.wait(WHOLE_RUN_S) == 0
+def test_export_is_a_checkpoint_that_transformers_loads(
+    whole: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert here(tmp_path, monkeypatch, "export", whole.path, "--out", tmp_path / "merged") == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     with Store.open(whole.store) as store:
@@ -180,14 +201,15 @@ def test_replaying_a_run_makes_its_policy_again_bit_for_bit(whole: RunDirectory,
     assert all(ours[name].equal(theirs[name]) for name in ours), "the replayed run has other weights"
 
 
-def test_traces_shows_what_happened(whole: RunDirectory, tmp_path: Path) -> None:
-    listed = lrl("traces", "list", whole.path, cwd=tmp_path, COLUMNS="200")
-    assert "eval-final" in finish(listed)
+def test_traces_shows_what_happened(
+    whole: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert here(tmp_path, monkeypatch, "traces", "list", whole.path, COLUMNS="200") == 0
+    assert "eval-final" in capsys.readouterr().out
     with Store.open(whole.store) as store:
         episode = store.episodes(phase="train", step=0)[0]
-    shown = lrl("traces", "show", whole.path, episode.id, cwd=tmp_path, COLUMNS="200")
-    output = finish(shown)
-    assert shown.returncode == 0, output
+    assert here(tmp_path, monkeypatch, "traces", "show", whole.path, episode.id, COLUMNS="200") == 0
+    output = capsys.readouterr().out
     assert episode.id in output
     assert "vowels" in output
 
@@ -231,18 +253,26 @@ def run_short(home: Path, *overrides: str) -> RunDirectory:
     return open_run(home / "runs" / "smoke")
 
 
-def test_two_ranks_are_as_one_killed_or_not(tmp_path: Path) -> None:
+def test_two_ranks_are_as_one_whichever_process_dies(tmp_path: Path) -> None:
+    """A dead worker is replaced; a dead rank and a dead manager end the run with words."""
     one = run_short(tmp_path / "one")
     (tmp_path / "two").mkdir()
     process = lrl("train", RECIPE, *SHORT, "train.world_size=2", cwd=tmp_path / "two")
+    until(process, "step 1/2: rollout")
+    kill(process, "worker.process")
     until(process, "step 2/2: rollout")
-    ranks = [pid for pid in descendants(process.pid) if "trainers.ranks" in command(pid)]
-    assert len(ranks) == 1
-    os.kill(ranks[0], signal.SIGKILL)
+    kill(process, "trainers.ranks")
     output = finish(process)
     assert process.returncode == 2
     assert "trainer rank 1 ended with code -9" in output
     assert "go on with: lrl train --resume" in output
+    process = lrl("train", "--resume", "runs/smoke", cwd=tmp_path / "two")
+    until(process, "step 2/2: train")
+    kill(process, "manager.process")
+    output = finish(process)
+    assert process.returncode == 2
+    assert "manager process ended with signal 9" in output
+    assert "lrl train --resume runs/smoke" in output.replace("\n", " ")
     resumed = lrl("train", "--resume", "runs/smoke", cwd=tmp_path / "two")
     output = finish(resumed)
     assert resumed.returncode == 0, output
@@ -253,29 +283,19 @@ def test_two_ranks_are_as_one_killed_or_not(tmp_path: Path) -> None:
         assert torch.allclose(ours[name], theirs[name], atol=1e-5), name
 
 
-def test_full_fine_tuning_with_one_setting(tmp_path: Path) -> None:
+def test_full_fine_tuning_with_one_setting(tmp_path: Path, tiny_llama: Path) -> None:
     run = run_short(tmp_path / "full", "train.lora=null")
-    published = load_file(run.published / "v00003" / "model.safetensors")
-    before = load_file(run.published / "v00002" / "model.safetensors")
-    assert "model.layers.0.mlp.down_proj.weight" in published
-    assert any(not published[name].equal(before[name]) for name in published)
+    first, second = (load_file(run.published / f"v0000{version}" / "model.safetensors") for version in (2, 3))
+    before = load_file(tiny_llama / "model.safetensors")
+    assert "model.layers.0.mlp.down_proj.weight" in first
+    assert any(not first[name].equal(before[name]) for name in first)
+    assert any(not second[name].equal(first[name]) for name in first), "the second step was not published"
 
 
-def test_a_dead_worker_is_replaced_and_a_dead_manager_ends_the_run_with_words(tmp_path: Path) -> None:
-    process = lrl("train", RECIPE, "warm_start=null", "train.steps=1", cwd=tmp_path)
-    until(process, "step 1/1: rollout")
-    (worker,) = [pid for pid in descendants(process.pid) if "worker.process" in command(pid)]
-    os.kill(worker, signal.SIGKILL)
-    until(process, "step 1/1: train")
-    (manager,) = [pid for pid in descendants(process.pid) if "manager.process" in command(pid)]
-    os.kill(manager, signal.SIGKILL)
-    output = finish(process)
-    assert process.returncode == 2
-    assert "manager process ended with signal 9" in output
-    assert "lrl train --resume runs/smoke" in output.replace("\n", " ")
-    resumed = lrl("train", "--resume", "runs/smoke", cwd=tmp_path)
-    output = finish(resumed)
-    assert resumed.returncode == 0, output
+def kill(run: Process, what: str) -> None:
+    """The one process below it that has this in its command."""
+    (pid,) = [pid for pid in descendants(run.pid) if what in command(pid)]
+    os.kill(pid, signal.SIGKILL)
 
 
 def command(pid: int) -> str:
@@ -297,9 +317,18 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert gone(family)
 
 
-def test_an_unreadable_checkpoint_is_named(whole: RunDirectory, tmp_path: Path) -> None:
-    import shutil
+def test_a_process_that_outlives_its_time_is_ended(tmp_path: Path) -> None:
+    """Here what ends runs that hang, lest a suite wait for them."""
+    process = lrl("serve", "--model", "tiny-llama", "--port", "0", "--threads", 1, cwd=tmp_path)
+    until(process, "serving")
+    family = descendants(process.pid)
+    with pytest.raises(AssertionError, match=r"goes on after 0\.5 s"):
+        process.communicate(timeout=0.5)
+    assert process.returncode == -signal.SIGKILL
+    assert gone(family)
 
+
+def test_an_unreadable_checkpoint_is_named(whole: RunDirectory, tmp_path: Path) -> None:
     copy = tmp_path / "runs" / "smoke" / "copy"
     shutil.copytree(whole.path, copy, ignore=shutil.ignore_patterns("wandb"))
     newest = sorted((copy / "checkpoints").glob("step-*"))[-1]
@@ -312,22 +341,32 @@ def test_an_unreadable_checkpoint_is_named(whole: RunDirectory, tmp_path: Path) 
     assert "step-00002" in output, "the older complete checkpoint is not named"
 
 
-def test_two_processes_cannot_share_a_run(whole: RunDirectory, tmp_path: Path) -> None:
-    with whole.lock():
-        process = lrl("train", "--resume", whole.path, cwd=tmp_path)
-        assert "in use" in finish(process)
-        assert process.returncode == 2
+def test_two_processes_cannot_share_a_run(
+    whole: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = "import sys; from pathlib import Path; from trainers.run_directory import open_run\n"
+    code += "with open_run(Path(sys.argv[1])).lock(): print('locked', flush=True); sys.stdin.read()"
+    before = signal.getsignal(signal.SIGTERM)
+    with subprocess.Popen(
+        [sys.executable, "-c", code, whole.path], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        try:
+            until(other, "locked")
+            assert here(tmp_path, monkeypatch, "train", "--resume", whole.path) == 2
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            other.kill()
+    assert "in use" in capsys.readouterr().err
 
 
-def test_a_broken_recipe_fails_before_anything_starts(tmp_path: Path) -> None:
+def test_a_broken_recipe_fails_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     broken = tmp_path / "broken.yaml"
     text = RECIPE.read_text().replace("agents/", f"{RECIPE.parent}/agents/").replace("learning_rate", "learning_rat", 1)
     broken.write_text(text)
-    started = time.monotonic()
-    process = lrl("train", broken, cwd=tmp_path)
-    output = finish(process)
-    assert process.returncode == 2
+    assert here(tmp_path, monkeypatch, "train", broken) == 2
+    output = capsys.readouterr().err
     assert "broken.yaml:" in output
     assert "did you mean 'learning_rate'" in output
     assert not (tmp_path / "runs").exists()
-    assert time.monotonic() - started < 20

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from lightning_rl.ledger import Ledger
 from lightning_rl.store import Store
-from tests.integration.test_train import RECIPE, descendants, finish, gone, lrl, until
+from tests.integration.test_train import RECIPE, descendants, finish, gone, here, lrl, until
 from trainers.run import latest_policy
 from trainers.run_directory import open_run
 
@@ -25,7 +25,9 @@ PPO = [
 ]  # fmt: skip
 
 
-def test_ppo_killed_while_it_scores_is_what_its_record_teaches(tmp_path: Path) -> None:
+def test_ppo_killed_while_it_scores_is_what_its_record_teaches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     process = lrl("train", RECIPE, *PPO, cwd=tmp_path)
     until(process, "step 2/2: score")
     family = descendants(process.pid)
@@ -64,7 +66,5 @@ def test_ppo_killed_while_it_scores_is_what_its_record_teaches(tmp_path: Path) -
                     for one in (open_run(tmp_path / "again"), run))  # fmt: skip
     assert ours.keys() == theirs.keys()
     assert all(ours[name].equal(theirs[name]) for name in ours), "the record teaches something else"
-    process = lrl("traces", "replay", run.path, cwd=tmp_path)
-    output = finish(process)
-    assert process.returncode == 2
-    assert "token_gae reads a critic's values, and a record of episodes has none" in output
+    assert here(tmp_path, monkeypatch, "traces", "replay", run.path) == 2
+    assert "token_gae reads a critic's values, and a record of episodes has none" in capsys.readouterr().err

@@ -59,38 +59,56 @@ def by_hand(model_dir, lora):
     return policy_tensors(policy), losses
 
 
-@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
-def test_it_learns_what_plain_fine_tuning_learns(tiny_llama, tmp_path, lora):
+KINDS = {"lora": LORA, "full": None}
+BOTH = """
+import runpy, sys
+for config in sys.argv[1:]:
+    sys.argv[1:] = [config]
+    runpy.run_module("trainers.warm_start", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def warmed(tiny_llama, tmp_path_factory):
+    """Folders, by kind. One after the other in one process, which takes longer to import than to train."""
     lines = [msgspec.json.encode(demonstration) for demonstration in demonstrations()]
-    (tmp_path / "demonstrations.jsonl").write_bytes(b"\n".join(lines))
-    config = WarmStartConfig(
-        model_dir=str(tiny_llama),
-        dtype="float32",
-        lora=lora.model_dump() if lora else None,
-        steps=STEPS,
-        batch_size=len(lines),
-        learning_rate=LEARNING_RATE,
-        seed=0,
-        demonstrations=str(tmp_path / "demonstrations.jsonl"),
-        out=str(tmp_path / "warm"),
-        progress=str(tmp_path / "progress.jsonl"),
-        parent_pid=os.getpid(),
-    )
-    (tmp_path / "config.json").write_bytes(msgspec.json.encode(config))
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
+    for kind, folder in folders.items():
+        (folder / "demonstrations.jsonl").write_bytes(b"\n".join(lines))
+        config = WarmStartConfig(
+            model_dir=str(tiny_llama),
+            dtype="float32",
+            lora=KINDS[kind].model_dump() if KINDS[kind] else None,
+            steps=STEPS,
+            batch_size=len(lines),
+            learning_rate=LEARNING_RATE,
+            seed=0,
+            demonstrations=str(folder / "demonstrations.jsonl"),
+            out=str(folder / "warm"),
+            progress=str(folder / "progress.jsonl"),
+            parent_pid=os.getpid(),
+        )
+        (folder / "config.json").write_bytes(msgspec.json.encode(config))
     done = subprocess.run(
-        [sys.executable, "-m", "trainers.warm_start", str(tmp_path / "config.json")],
+        [sys.executable, "-c", BOTH, *(str(folder / "config.json") for folder in folders.values())],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=120,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    return folders
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_learns_what_plain_fine_tuning_learns(tiny_llama, warmed, kind):
+    lora, folder = KINDS[kind], warmed[kind]
     expected, losses = by_hand(tiny_llama, lora)
-    progress = [json.loads(line) for line in (tmp_path / "progress.jsonl").read_text().splitlines()]
+    progress = [json.loads(line) for line in (folder / "progress.jsonl").read_text().splitlines()]
     assert [line["step"] for line in progress] == [1, 2, 3]
     assert [line["loss"] for line in progress] == pytest.approx(losses, rel=1e-3)
     assert losses[-1] < losses[0]
-    actual = read_tensors(tmp_path / "warm", "adapter_model" if lora else "model")
+    actual = read_tensors(folder / "warm", "adapter_model" if lora else "model")
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         # Adam takes a full step for a gradient of any size: where it is all rounding, so is the step's sign

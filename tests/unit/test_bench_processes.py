@@ -99,7 +99,7 @@ def test_an_engine_is_frozen_except_while_it_plays(tmp_path: Path, dtype: str) -
         assert [_state(pid) for pid in pids] == ["T", "T"]
         assert large.peak_memory_bytes > small.peak_memory_bytes + 150 * 2**20
         assert again.peak_memory_bytes < large.peak_memory_bytes - 100 * 2**20  # each scenario has its own peak
-    deadline = time.monotonic() + 5.0
+    deadline = time.monotonic() + 60.0
     while any(Path(f"/proc/{pid}").exists() and _state(pid) != "Z" for pid in pids):
         assert time.monotonic() < deadline, "a process outlived its bench"
         time.sleep(0.05)

@@ -62,7 +62,7 @@ class Stage:
         manager = self.manager
         if not (manager.scheduler.in_flight or manager.control.under_way or manager._orders):
             return False
-        assert self.worker.poll(5000)
+        assert self.worker.poll(60_000)
         message = m.decode_to_worker(self.worker.recv())
         match message:
             case m.Forward():
@@ -79,7 +79,7 @@ class Stage:
                 self.orders.append(message)
                 answer = m.Acknowledged(error=self.refuse)
         self.worker.send(m.encode(answer))
-        assert manager.worker.socket.poll(5000)
+        assert manager.worker.socket.poll(60_000)
         manager.turn()
         return True
 
@@ -105,7 +105,7 @@ class Stage:
         self.worker = self.manager.worker._context.socket(zmq.PAIR)
         self.worker.connect(self.manager.worker.address)
         self.worker.send(m.encode(ready))
-        assert self.manager.worker.socket.poll(5000)
+        assert self.manager.worker.socket.poll(60_000)
         self.manager.turn()
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest as Official
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
+from sqlalchemy import event
 
 from lightning_rl import otlp
 from lightning_rl.episode import CallLink, Episode, Outcome, Reward, Span
@@ -203,7 +204,7 @@ def test_long_chains_of_calls_are_read_in_linear_time() -> None:
     chain = [span(1), *(span(number, number - 1, attributes=call) for number in range(2, 30_000))]
     began = time.monotonic()
     assert set(received(chain[::-1], "e").folded.values()) == {a(1)}
-    assert time.monotonic() - began < 10  # minutes, if every place were looked for from the beginning
+    assert time.monotonic() - began < 60  # minutes, if every place were looked for from the beginning
     ring = [span(1, 3, attributes=call), span(2, 1, attributes=call), span(3, 2, attributes=call), span(4, 3)]
     assert received(ring, "e").folded == dict.fromkeys((a(1), a(2), a(3)))
 
@@ -480,9 +481,10 @@ def test_folding_thousands_of_calls_of_a_large_episode_keeps_nobody_waiting(stor
         store.begin(make_start("e"))
         store.add_received("e", received([span(n, 100_000 + n) for n in range(1, 10_001)], "e"))
         chats = [span(100_000 + n, 1, attributes={"gen_ai.operation.name": "chat"}) for n in range(1, 2001)]
-        began = time.monotonic()
+        statements: list[str] = []
+        event.listen(store._transactions._writer, "before_cursor_execute", lambda *call: statements.append(call[2]))
         store.add_received("e", received(chats, "e"))
-        assert time.monotonic() - began < 1.5  # it took several seconds, one by one
+        assert len(statements) < 100, "it took several seconds, one by one"
         assert sum(one.parent_id == a(1) for one in store.episode("e").spans) == 2000
 
 

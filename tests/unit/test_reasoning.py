@@ -100,7 +100,7 @@ def test_a_megabyte_in_pieces_of_four_characters_takes_seconds_at_most(text: str
     for opened in (True, False):
         begin = time.process_time()
         read(text, opened=opened, pieces=[text[at : at + 4] for at in range(0, len(text), 4)])
-        assert time.process_time() - begin < 3
+        assert time.process_time() - begin < 10
 
 
 @pytest.mark.parametrize(

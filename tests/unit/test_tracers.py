@@ -649,8 +649,8 @@ def test_what_urllib_and_urllib3_send_is_marked_once() -> None:
     with running(Rollout("e", print, url)):
         urllib.request.urlopen(url).close()
         urllib3.PoolManager().request("GET", url)
-        requests.get(url, timeout=5)
-        requests.get(url, headers={EPISODE_HEADER: "mine"}, timeout=5)
+        requests.get(url, timeout=60)
+        requests.get(url, headers={EPISODE_HEADER: "mine"}, timeout=60)
     with running(Rollout("e", print, SERVER)):
         urllib.request.urlopen(url).close()
     server.shutdown()

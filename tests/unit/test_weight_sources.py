@@ -128,9 +128,9 @@ def test_a_killed_publisher_leaves_no_block() -> None:
     source = m.SharedMemory(block=process.stdout.readline().strip(), tensors=[])
     open_source(source)
     process.send_signal(signal.SIGKILL)
-    process.wait(10)
+    process.wait(60)
     process.stdout.close()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:
             open_source(source)
@@ -164,7 +164,7 @@ def test_broadcast(tensors: dict[str, torch.Tensor], receivers: int) -> None:
 def test_broadcasts_follow_each_other_in_one_process(tensors: dict[str, torch.Tensor]) -> None:
     for shift in range(3):
         sent = {name: tensor + shift for name, tensor in tensors.items()}
-        with publish_broadcast(sent, timeout_s=30) as source:
+        with publish_broadcast(sent, timeout_s=60) as source:
             assert checksum(open_source(source).tensors) == checksum(sent)
 
 
@@ -182,10 +182,10 @@ def test_a_publisher_that_gives_up_frees_those_who_wait(tensors: dict[str, torch
         thread.start()
         time.sleep(0.5)
         raise ZeroDivisionError
-    thread.join(20)
+    thread.join(60)
     assert len(failures) == 1
     assert "broadcast" in str(failures[0])
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60
 
 
 def test_receivers_that_never_come_are_named(tensors: dict[str, torch.Tensor]) -> None:

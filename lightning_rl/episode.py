@@ -40,6 +40,8 @@ class Sampling(Struct, frozen=True, kw_only=True):
     """Upper bound on sampled tokens per call; an agent may ask for fewer."""
     seed: int | None = None
     """Seed of the episode; call i samples with a seed derived from (seed, i)."""
+    top_logprobs: int | None = None
+    """How many alternatives to each sampled token to record, whether the agent asks for any or not."""
 
 
 class EpisodeStart(Struct, frozen=True, kw_only=True):
@@ -100,6 +102,12 @@ class Call(Struct, frozen=True, kw_only=True):
     restricted: list[str] = field(default_factory=list)
     """What made the distribution that it was sampled from another than softmax(logits / temperature): any of `grammar`, `top_p`,
     `top_k`, `min_p`, `penalties`, `logit_bias`, `min_tokens`."""
+    entropies: list[float] = field(default_factory=list)
+    """In nats, of the distribution that each sampled id was drawn from (of a greedy one: at temperature 1, as its log-prob);
+    empty where it was not recorded."""
+    alternatives: list[list[tuple[int, float]]] = field(default_factory=list)
+    """(id, log-prob) of the likeliest at each sampled token, likeliest first, where request or recipe asked for them
+    (`top_logprobs`); else empty."""
     experts: bytes | None = None
     """MoE only: expert ids, int16 [tokens, layers, top_k]."""
     cached_tokens: int = 0

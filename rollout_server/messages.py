@@ -195,6 +195,9 @@ class Tokens(Struct, frozen=True, kw_only=True, tag=True):
     ids: list[int]
     logprobs: list[float]
     versions: list[int]
+    entropies: list[float] = []
+    """Per token, in nats, of the distribution that it was drawn from; empty where that is not known: an answer that is given
+    again may be from before they were recorded."""
     top_logprobs: list[list[tuple[int, float]]] = []
     """Per token, (id, log-prob) of the likeliest alternatives; empty unless asked for."""
     finish_reason: str | None = None
@@ -349,6 +352,7 @@ class Forwarded(Struct, frozen=True, kw_only=True, tag=True):
     step: int
     ids: list[int]
     logprobs: list[float]
+    entropies: list[float]
     top_logprobs: list[list[tuple[int, float]]]
     """Empty when nobody asked."""
     scores: list[list[float]]

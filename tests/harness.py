@@ -24,6 +24,7 @@ class Output:
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
     scores: list[float] | None = None
     finish_reason: str | None = None
@@ -147,6 +148,7 @@ class LocalEngine:
             output.ids += reply.ids
             output.logprobs += reply.logprobs
             output.versions += reply.versions
+            output.entropies += reply.entropies
             output.top_logprobs += reply.top_logprobs
             output.finish_reason = reply.finish_reason
 

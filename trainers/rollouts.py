@@ -130,5 +130,6 @@ def _start(
             top_p=recipe.sampling.top_p,
             max_tokens=recipe.sampling.max_tokens,
             seed=int.from_bytes(digest) >> 1,
+            top_logprobs=recipe.sampling.top_logprobs or None,
         ),
     )

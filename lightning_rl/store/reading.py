@@ -14,8 +14,8 @@ from sqlalchemy import Connection, Row, Select, Table, bindparam, func, select
 
 from lightning_rl.episode import Call, Episode, Outcome
 from lightning_rl.errors import StoreError
-from lightning_rl.store.deltas import ID_BYTES, Base, Texts, read_request, request_of
-from lightning_rl.store.rows import call_of, episode_of, reward_of, span_of, unpack_ids
+from lightning_rl.store.deltas import ID_BYTES, Base, Texts, read_request
+from lightning_rl.store.rows import UNREADABLE, call_of, damaged, episode_of, outcome_of, reward_of, span_of
 from lightning_rl.store.schema import calls, episodes, rewards, spans
 
 EPISODE_ORDER = (episodes.c.step, episodes.c.task_id, episodes.c.sample, episodes.c.attempt, episodes.c.id)
@@ -51,7 +51,7 @@ class EpisodeSummary(Struct, frozen=True, kw_only=True):
     ended_at: float
 
 
-class _Content(Struct, frozen=True):
+class Content(Struct, frozen=True):
     """A call's prompt and request, put together."""
 
     sequence: bytes
@@ -61,7 +61,7 @@ class _Content(Struct, frozen=True):
 
     def call(self, row: Row[Any]) -> Call:
         prompt, sampled = self.sequence[: self.prompt_bytes], self.sequence[self.prompt_bytes :]
-        return call_of(row, unpack_ids(prompt), unpack_ids(sampled), request_of(self.request))
+        return call_of(row, prompt, sampled, self.request)
 
 
 def filtered(query: Select[Any], phase: str | None, step: int | None, counted_only: bool) -> Select[Any]:
@@ -74,14 +74,15 @@ def filtered(query: Select[Any], phase: str | None, step: int | None, counted_on
     return query
 
 
-def load_episodes(connection: Connection, query: Select[Any]) -> list[Episode]:
-    """`query` selects rows of episodes."""
+def load_episodes(connection: Connection, query: Select[Any], without: Container[str] = ()) -> list[Episode]:
+    """`query` selects rows of episodes; `without`: columns of their calls that are left where they are."""
     rows = connection.execute(query.order_by(*EPISODE_ORDER)).all()
     of_query = query.with_only_columns(episodes.c.id)
 
     def by_episode(table: Table, *order: Any) -> dict[str, list[Row[Any]]]:
         found: dict[str, list[Row[Any]]] = {row.id: [] for row in rows}
-        for row in connection.execute(select(table).where(table.c.episode_id.in_(of_query)).order_by(*order)):
+        columns = [column for column in table.c if column.name not in without]
+        for row in connection.execute(select(*columns).where(table.c.episode_id.in_(of_query)).order_by(*order)):
             if row.episode_id in found:
                 found[row.episode_id].append(row)
         return found
@@ -140,14 +141,14 @@ def load_summaries(connection: Connection, query: Select[Any]) -> list[EpisodeSu
         .group_by(rewards.c.episode_id, rewards.c.name)
         .order_by(func.min(rewards.c.number))
     )
-    counts = {episode_id: (number, int(tokens)) for episode_id, number, tokens in connection.execute(call_query)}
+    counts = {episode_id: (number, int(tokens or 0)) for episode_id, number, tokens in connection.execute(call_query)}
     values: dict[str, dict[str, float]] = {}
     for episode_id, name, value in connection.execute(reward_query):
         values.setdefault(episode_id, {})[name] = value
     listed = query.with_only_columns(*(episodes.c[name] for name in _LISTED)).order_by(*EPISODE_ORDER)
     return [
         EpisodeSummary(
-            **row._asdict() | {"outcome": None if row.outcome is None else Outcome(row.outcome)},
+            **row._asdict() | {"outcome": outcome_of(row)},
             calls=counts.get(row.id, (0, 0))[0],
             sampled_tokens=counts.get(row.id, (0, 0))[1],
             rewards=values.get(row.id, {}),
@@ -157,7 +158,7 @@ def load_summaries(connection: Connection, query: Select[Any]) -> list[EpisodeSu
 
 
 def _calls_of(rows: Sequence[Row[Any]]) -> list[Call]:
-    contents = _contents(rows)
+    contents = contents_of(rows)
     return [contents[row.id].call(row) for row in rows]
 
 
@@ -166,7 +167,7 @@ def _chain(connection: Connection, call_id: str) -> Sequence[Row[Any]]:
     return connection.execute(_CHAIN, {"wanted": call_id}).all()
 
 
-def _last(rows: Sequence[Row[Any]], call_id: str) -> _Content:
+def _last(rows: Sequence[Row[Any]], call_id: str) -> Content:
     """Of a chain only the end is kept."""
     by_id = {row.id: row for row in rows}
     content = None
@@ -176,10 +177,10 @@ def _last(rows: Sequence[Row[Any]], call_id: str) -> _Content:
     return content
 
 
-def _contents(rows: Sequence[Row[Any]]) -> dict[str, _Content]:
+def contents_of(rows: Sequence[Row[Any]]) -> dict[str, Content]:
     """By call id. Bases may stand anywhere among the rows."""
     by_id = {row.id: row for row in rows}
-    contents: dict[str, _Content] = {}
+    contents: dict[str, Content] = {}
     for row in rows:
         for link in _from_root(row, by_id, known=contents):
             contents[link.id] = _content(link, contents.get(link.base_id))
@@ -201,22 +202,22 @@ def _from_root(row: Row[Any], by_id: Mapping[str, Row[Any]], known: Container[st
     return reversed(chain.values())
 
 
-def _content(row: Row[Any], base: _Content | None) -> _Content:
+def _content(row: Row[Any], base: Content | None) -> Content:
     repeated = b""
-    if base is not None:
-        if row.base_tokens * ID_BYTES > len(base.sequence):
-            raise _damaged(row, f"continues more tokens of call {row.base_id} than it has")
-        repeated = base.sequence[: row.base_tokens * ID_BYTES]
+    try:
+        if base is not None:
+            if row.base_tokens * ID_BYTES > len(base.sequence):
+                raise _damaged(row, f"continues more tokens of call {row.base_id} than it has")
+            repeated = base.sequence[: row.base_tokens * ID_BYTES]
+        sequence = b"".join((repeated, row.prompt_ids, row.sampled_ids))
+    except UNREADABLE as error:
+        raise _damaged(row, f"has tokens that cannot be read: {error}") from error
     try:
         request = read_request(row.request, {} if base is None else base.request)
-    except (ValueError, TypeError) as error:
+    except UNREADABLE as error:
         raise _damaged(row, f"has a request that cannot be read: {error}") from error
-    sequence = b"".join((repeated, row.prompt_ids, row.sampled_ids))
-    return _Content(sequence, len(repeated) + len(row.prompt_ids), request)
+    return Content(sequence, len(repeated) + len(row.prompt_ids), request)
 
 
 def _damaged(row: Row[Any], what: str) -> StoreError:
-    return StoreError(
-        f"call {row.id} of episode {row.episode_id} {what}",
-        hint="the store is damaged, or only a part of it was copied; take `lrl traces export` for parts",
-    )
+    return damaged(f"call {row.id} of episode {row.episode_id}", what)

@@ -1,10 +1,10 @@
 """The tables of the episode store, the same for every database.
 
 Token ids and versions are packed as little-endian int32, log-probs as float64, so that what is read is bit for bit what
-was sampled. What has no fixed shape (task input, request, response, answer, attributes) is JSON text in ASCII. Of a call's
-prompt and request only what differs from its base is there (`store.deltas`). Columns that lists need stand first or in an
-index, so that no list reads what is long. What others name, in any length, is in a hash index (PostgreSQL's trees take 2,700
-bytes), what is a key has a bound (`store.rows`).
+was sampled; entropies and alternatives' log-probs as float32, which is what an engine gives. What has no fixed shape (task
+input, request, response, answer, attributes) is JSON text in ASCII. Of a call's prompt and request only what differs from its
+base is there (`store.deltas`). Columns that lists need stand first or in an index, so that no list reads what is long. What
+others name, in any length, is in a hash index (PostgreSQL's trees take 2,700 bytes), what is a key has a bound (`store.rows`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeEngine
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 UPGRADES = {
     1: (
         "ALTER TABLE calls ADD COLUMN relation TEXT NOT NULL DEFAULT 'root'",
@@ -52,9 +52,11 @@ UPGRADES = {
         "CREATE INDEX IF NOT EXISTS spans_by_parent ON spans (parent_id)",
     ),
     3: ("ALTER TABLE calls ADD COLUMN restricted TEXT NOT NULL DEFAULT '[]'",),
+    4: ("ALTER TABLE calls ADD COLUMN entropies BYTEA", "ALTER TABLE calls ADD COLUMN alternatives BYTEA"),
 }
 """What turns a store of one version into one of the next; PostgreSQL begins with version 3. A process of an older version may go
-on with a store that was brought up to date: before 3 it gives rewards no keys, before 4 it does not say what restricted a call."""
+on with a store that was brought up to date: before 3 it gives rewards no keys, before 4 it does not say what restricted a call,
+before 5 it leaves out entropies and alternatives. BYTEA is PostgreSQL's word; SQLite keeps bytes as they are under any."""
 
 _UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 
@@ -128,10 +130,13 @@ calls = Table(
     Column("experts", LargeBinary),
     Column("request", Text, nullable=False),
     Column("response", Text, nullable=False),
+    Column("entropies", LargeBinary),
+    Column("alternatives", LargeBinary),
     Index("calls_in_order", "episode_id", "index", "sampled_tokens"),
     Index("calls_by_response", "response_id", postgresql_using="hash"),
 )
-"""`prompt_ids` are those behind the first `base_tokens` of the base's prompt + sampled ids."""
+"""`prompt_ids` are those behind the first `base_tokens` of the base's prompt + sampled ids. `entropies` and `alternatives` are NULL
+where there are none; how the latter are packed is in `store.rows`."""
 spans = Table(
     "spans",
     metadata,

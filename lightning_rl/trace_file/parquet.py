@@ -19,7 +19,8 @@ from lightning_rl.store.schema import visible
 from lightning_rl.trace_file.records import FORMAT, Header, episode_of, header_of
 
 GROUP_BYTES = 16_000_000
-"""A row group is written when its texts, and four bytes for each token, have come to so many: what is held in memory."""
+"""A row group is written when its texts, four bytes for each token and 32 for each alternative have come to so many: what is held
+in memory."""
 ROWS_READ = 4
 COMPRESSION = "zstd"
 
@@ -76,7 +77,13 @@ def features() -> Any:
                 "sample": number,
                 "attempt": number,
                 "group": text,
-                "sampling": {"temperature": time, "top_p": time, "max_tokens": number, "seed": number},
+                "sampling": {
+                    "temperature": time,
+                    "top_p": time,
+                    "max_tokens": number,
+                    "seed": number,
+                    "top_logprobs": number,
+                },
                 "started_at": time,
             },
             "calls": List(
@@ -100,6 +107,8 @@ def features() -> Any:
                     "upstream": text,
                     "redacted": Value("bool"),
                     "restricted": List(text),
+                    "entropies": List(Value("float32")),
+                    "alternatives": List(List({"id": Value("int32"), "logprob": Value("float32")})),
                     "experts": Value("large_binary"),
                     "cached_tokens": number,
                     "request": free,
@@ -180,6 +189,11 @@ def _row_of(episode: Episode) -> Row:
         row: Row = msgspec.to_builtins(episode, builtin_types=(bytes,))
         for values, field in _free_fields(row):
             values[field] = json.dumps(values[field], separators=(",", ":"))
+        for call in row["calls"]:
+            call["alternatives"] = [
+                [{"id": token_id, "logprob": logprob} for token_id, logprob in likeliest]
+                for likeliest in call["alternatives"]
+            ]
     except (TypeError, ValueError, RecursionError) as error:
         raise TraceFileError(f"episode {episode.id} cannot be written as JSON: {error}") from error
     _make_visible(row)
@@ -189,7 +203,13 @@ def _row_of(episode: Episode) -> Row:
 def _size(row: Row) -> int:
     """In bytes, about."""
     tokens = sum(len(call["prompt_ids"]) + len(call["sampled_ids"]) for call in row["calls"])
-    return 4 * tokens + sum(len(values[field]) for values, field in _free_fields(row)) + len(row["error"] or "")
+    alternatives = sum(len(likeliest) for call in row["calls"] for likeliest in call["alternatives"])
+    return (
+        4 * tokens
+        + 32 * alternatives
+        + sum(len(values[field]) for values, field in _free_fields(row))
+        + len(row["error"] or "")
+    )
 
 
 def _make_visible(values: Row) -> None:
@@ -208,6 +228,11 @@ def _plain(row: Row, place: str) -> Row:
     try:
         for values, field in _free_fields(row):
             values[field] = json.loads(values[field])
+        for call in row["calls"]:
+            if "alternatives" in call:
+                call["alternatives"] = [
+                    [(one["id"], one["logprob"]) for one in likeliest] for likeliest in call["alternatives"]
+                ]
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise TraceFileError(f"{place} is damaged: {type(error).__name__}: {error}") from error
     return row

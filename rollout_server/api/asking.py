@@ -48,9 +48,9 @@ async def ask(
     if log is None:
         return Asked(exchange_id, naming)
     print_ = fingerprint(naming, await http.body(), asker)
-    if asker.may_repeat and not sampling.top_logprobs:
+    if asker.may_repeat:
         sending = await _begun_again(http, log, print_, exchange_id, asker)
-        replay = await _replay(services, log, sending, body, naming, sampling.n * prompts, asker)
+        replay = await _replay(services, log, sending, body, naming, sampling, prompts, asker)
     else:
         sending, replay = log.sendings.begin(print_, exchange_id, asker.attempt), None
 
@@ -76,7 +76,8 @@ async def _replay(
     sending: Sending,
     body: Mapping[str, Any],
     naming: Naming,
-    choices: int,
+    sampling: SamplingOptions,
+    prompts: int,
     asker: Asker,
 ) -> Answered | None:
     """What the request that this one repeats was answered; if this process does not know it, the store may. It is over then, with
@@ -94,7 +95,7 @@ async def _replay(
     except BaseException:  # a store that fails must not cost the answer
         log.sendings.withdraw(sending)
         raise
-    found = answered(calls, naming, choices)
+    found = answered(calls, naming, sampling.n * prompts, alternatives=sampling.top_logprobs > 0)
     if found is None:
         return None
     replay = Answered(*found, known=repeats is not None)

@@ -50,10 +50,14 @@ class Choice:
     """Special tokens that have a text."""
     until_call: Reader | None = None
     """Ends the choice when this reader has found a tool call."""
+    told: int = 0
+    """Alternatives of each token that the client gets; there may be more, for the record."""
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
-    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
+    alternatives: list[list[tuple[int, float]]] = field(default_factory=list)
+    """As in the call."""
     text: str = ""
     ends: list[int] = field(default_factory=list)
     """Where the text of each token ends in `text`."""
@@ -83,7 +87,7 @@ class Choice:
 
     def as_piece(self) -> Piece:
         """The whole choice as one piece."""
-        return Piece(self.text, self.ids, self.logprobs, self.top_logprobs, self.ends)
+        return Piece(self.text, self.ids, self.logprobs, self._told(0), self.ends)
 
     def _absorb(self, tokens: m.Tokens, decoder: Detokenizer, finder: StopFinder) -> Piece:
         before, start, text = len(self.ids), len(self.text), ""
@@ -92,8 +96,10 @@ class Choice:
             self.ids.append(token_id)
             self.logprobs.append(tokens.logprobs[at])
             self.versions.append(tokens.versions[at])
+            if tokens.entropies:
+                self.entropies.append(tokens.entropies[at])
             if tokens.top_logprobs:
-                self.top_logprobs.append(tokens.top_logprobs[at])
+                self.alternatives.append(tokens.top_logprobs[at])
             new = finder.feed(decoder.feed(token_id))
             called = self._first_call_ends(new)
             text += new[:called]
@@ -110,7 +116,11 @@ class Choice:
                 text += finder.feed(decoder.finish()) + finder.finish()
         self.text += text
         ends = [end - start for end in self.ends[before:]]
-        return Piece(text, self.ids[before:], self.logprobs[before:], self.top_logprobs[before:], ends)
+        return Piece(text, self.ids[before:], self.logprobs[before:], self._told(before), ends)
+
+    def _told(self, first: int) -> list[list[tuple[int, float]]]:
+        """Alternatives for the client, of the tokens from `first` on."""
+        return [likeliest[: self.told] for likeliest in self.alternatives[first:]] if self.told else []
 
     def _first_call_ends(self, new: str) -> int | None:
         """How much of `new` belongs to the reply if its first call ends there: a token may begin the next one, too."""

@@ -262,7 +262,8 @@ class Exchange:
         """`first` is the episode's index of the request's first call."""
         index = len(self.plans)
         until_call = reading.until_call() if reading.until_call is not None else None
-        choice = Choice(prompt.ids, params, self.sampling.stops, reading.shown, until_call)
+        told = self.sampling.top_logprobs
+        choice = Choice(prompt.ids, params, self.sampling.stops, reading.shown, until_call, told)
         restricted = restrictions(params, has_grammar=bool(reading.grammar))
         self.plans.append(Plan(index, sampled, number, f"{self.id}-{index}", first + index, prompt, choice, restricted))
 
@@ -354,6 +355,8 @@ class Exchange:
             sampled_ids=choice.ids,
             logprobs=choice.logprobs,
             versions=choice.versions,
+            entropies=choice.entropies,
+            alternatives=choice.alternatives,
             temperature=choice.sampling.temperature,
             restricted=plan.restricted,
             finish_reason=finish_reason(choice, bool(reply.get("tool_calls"))),

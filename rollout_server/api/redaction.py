@@ -2,7 +2,7 @@
 
 A secret in a call is in its request, its response and its token ids: texts are redacted, and every id that a piece of a secret
 came from becomes the end-of-turn id, which says nothing. Such a call says that it is `redacted`, and is not trained on. Log-probs
-and versions keep their places.
+and versions keep their places; entropies and alternatives, which could spell what was taken out, are left out.
 """
 
 from __future__ import annotations
@@ -52,7 +52,14 @@ class Redaction:
             return call
         at = len(call.prompt_ids)
         return structs.replace(
-            call, request=request, response=response, prompt_ids=ids[:at], sampled_ids=ids[at:], redacted=True
+            call,
+            request=request,
+            response=response,
+            prompt_ids=ids[:at],
+            sampled_ids=ids[at:],
+            entropies=[],
+            alternatives=[],
+            redacted=True,
         )
 
     def recorded(self, call: Call, spans: Sequence[Span]) -> tuple[Call, list[Span]]:

@@ -9,7 +9,7 @@ one, since it may be another's. Two identical requests without such a mark are t
 
 The store tells what was answered, so that it can be told after a restart, too: the choices of a request are calls whose ids
 begin with the id of their exchange, and the id of an exchange begins with a digest of the request's key. An answer that cannot
-be told as it was is none: one that was broken off, or redacted, or given with alternatives to its tokens, which nobody keeps.
+be told as it was is none: one that was broken off, or redacted, or whose alternatives to its tokens are asked for and not kept.
 """
 
 from __future__ import annotations
@@ -188,8 +188,11 @@ def key_digits(key: str) -> str:
     return blake2b(key.encode("latin-1"), digest_size=_KEY_DIGITS // 2).hexdigest()
 
 
-def answered(calls: Sequence[Call], naming: Naming, choices: int) -> tuple[str, list[Call]] | None:
-    """The latest exchange among the calls, with its id; None if it was not answered, or cannot be answered so again."""
+def answered(
+    calls: Sequence[Call], naming: Naming, choices: int, *, alternatives: bool = False
+) -> tuple[str, list[Call]] | None:
+    """The latest exchange among the calls, with its id; None if it was not answered, or cannot be answered so again:
+    `alternatives` to its tokens belong to the answer."""
     exchanges: dict[str, list[Call]] = {}
     for call in calls:
         exchange_id, dash, number = call.id.rpartition("-")
@@ -200,6 +203,7 @@ def answered(calls: Sequence[Call], naming: Naming, choices: int) -> tuple[str, 
     exchange_id, made = max(exchanges.items(), key=lambda entry: max(call.ended_at for call in entry[1]))
     made.sort(key=lambda call: int(call.id.rpartition("-")[2]))
     told = all(call.finish_reason in _WHOLE and not call.redacted and not call.upstream for call in made)
+    told = told and not (alternatives and any(len(call.alternatives) < len(call.sampled_ids) for call in made))
     return (exchange_id, made) if told and len(made) == choices else None
 
 
@@ -222,6 +226,8 @@ class Replayed:
                 ids=call.sampled_ids,
                 logprobs=call.logprobs,
                 versions=call.versions,
+                entropies=call.entropies,
+                top_logprobs=call.alternatives,
                 finish_reason="length" if call.finish_reason == "length" else "stop",
                 cached_tokens=call.cached_tokens,
             )

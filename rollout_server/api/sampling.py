@@ -1,8 +1,9 @@
 """What one choice is sampled with: the client's wishes, what the recipe imposes on the episode, and the seed.
 
-Pure. An episode's temperature and top_p replace the client's; its max_tokens caps them. A prompt's seed depends on
-nothing but the episode's (or the request's) seed, the index of the first call and the prompt's number in the request:
-any process derives the same. Its choices share the seed, the engine tells them apart by their index.
+Pure. An episode's temperature and top_p replace the client's; its max_tokens caps them; of its top_logprobs and the client's
+the larger counts. A prompt's seed depends on nothing but the episode's (or the request's) seed, the index of the first call
+and the prompt's number in the request: any process derives the same. Its choices share the seed, the engine tells them apart
+by their index.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def sampling_params(
         max_tokens=max_tokens,
         min_tokens=min(wanted.min_tokens, max_tokens),
         stop_ids=tuple(dict.fromkeys([*wanted.stop_ids, *(() if wanted.ignore_eos else eos_ids)])),
-        top_logprobs=wanted.top_logprobs,
+        top_logprobs=max(wanted.top_logprobs, imposed.top_logprobs or 0),
     )
 
 

@@ -125,7 +125,7 @@ class Kernels(Protocol):
 
     def log_softmax_sample(
         self, logits_BV: torch.Tensor, temperatures_B: torch.Tensor, uniforms_B: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Unfiltered sampling: ids int64 [B] by inverse CDF of softmax(logits / temperature) at `uniforms` (fp64, in
-        (0, 1)), and their log-probs fp32 [B]. Rows of temperature 0 take the first of the likeliest ids, with its log-prob at
-        temperature 1."""
+        (0, 1)), their log-probs fp32 [B], and the entropies of those distributions, in nats, fp32 [B]. Rows of temperature 0
+        take the first of the likeliest ids, with log-prob and entropy at temperature 1."""

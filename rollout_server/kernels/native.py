@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch  # first: the extension resolves its OpenMP symbols against the runtime that torch brings
 
+from lightning_rl.errors import ServerError
 from rollout_server.kernels.interface import Batch, LayerCache, Lora, SharedRun
 from rollout_server.models.config import ModelConfig
 
@@ -127,8 +128,8 @@ class NativeKernels:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._run_operations = library.lrl_run
         self._run_operations.argtypes, self._run_operations.restype = [c_void_p, c_int64, c_int64], None
-        self._sample = library.lrl_sample
-        self._sample.argtypes, self._sample.restype = [c_void_p] * 6 + [c_int64, c_int64, c_int], None
+        self._sample = library.lrl_draw
+        self._sample.argtypes, self._sample.restype = [c_void_p] * 7 + [c_int64, c_int64, c_int], None
         self._use_at_most = library.lrl_use_at_most
         self._use_at_most.argtypes, self._use_at_most.restype = [c_int], None
         self._spans: dict[int, _LoraWork] = {}
@@ -291,17 +292,17 @@ class NativeKernels:
 
     def log_softmax_sample(
         self, logits_BV: torch.Tensor, temperatures_B: torch.Tensor, uniforms_B: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         rows, vocab = logits_BV.shape
         ids = torch.empty(rows, dtype=torch.int64)
-        logprobs = torch.empty(rows)
+        logprobs, entropies = torch.empty(rows), torch.empty(rows)
         temperatures, uniforms = temperatures_B.float().contiguous(), uniforms_B.double().contiguous()
         spans = np.empty(rows * -(-vocab // 256), np.float64)
         self._sample(
             logits_BV.data_ptr(), temperatures.data_ptr(), uniforms.data_ptr(), spans.ctypes.data,
-            ids.data_ptr(), logprobs.data_ptr(), rows, vocab, _is_bf16(logits_BV),
+            ids.data_ptr(), logprobs.data_ptr(), entropies.data_ptr(), rows, vocab, _is_bf16(logits_BV),
         )  # fmt: skip
-        return ids, logprobs
+        return ids, logprobs, entropies
 
 
 def _lora_work(spans: Sequence[tuple[int, int, Lora]], bf16: int) -> _LoraWork:
@@ -365,9 +366,17 @@ def supports(heads: int, kv_heads: int, dim: int) -> bool:
 
 @once
 def load() -> NativeKernels | None:
-    """The compiled kernels, or None when the extension was not built."""
+    """The compiled kernels, or None when the extension was not built. Raises ServerError for one of another version."""
     spec = importlib.util.find_spec("rollout_server.kernels.cpu._kernels")
-    return NativeKernels(ctypes.CDLL(spec.origin)) if spec is not None and spec.origin else None
+    return opened(spec.origin) if spec is not None and spec.origin else None
+
+
+def opened(library: str) -> NativeKernels:
+    try:
+        return NativeKernels(ctypes.CDLL(library))
+    except (OSError, AttributeError) as error:
+        hint = "build them anew: pip install -e . in a checkout; else install lightning-rl again"
+        raise ServerError(f"the compiled kernels do not fit this version: {error}", hint=hint) from error
 
 
 def _is_bf16(tensor: torch.Tensor) -> int:

@@ -97,11 +97,11 @@ def attention(q_THD: torch.Tensor, batch: Batch, cache: LayerCache) -> torch.Ten
 
 def log_softmax_sample(
     logits_BV: torch.Tensor, temperatures_B: torch.Tensor, uniforms_B: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     cold = temperatures_B == 0
     logprobs = torch.log_softmax(logits_BV.float() / torch.where(cold, 1.0, temperatures_B)[:, None], dim=-1)
     ids = torch.where(cold, logprobs.argmax(-1), _inverse_cdf(logprobs, uniforms_B))
-    return ids, logprobs.gather(1, ids[:, None])[:, 0]
+    return ids, logprobs.gather(1, ids[:, None])[:, 0], torch.special.entr(logprobs.exp()).sum(-1)
 
 
 def _inverse_cdf(logprobs_BV: torch.Tensor, uniforms_B: torch.Tensor) -> torch.Tensor:

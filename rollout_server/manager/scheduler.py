@@ -559,7 +559,8 @@ class Scheduler:
     ) -> None:
         size, versions, tops = self.memory.page_size, self.versions, results.top_logprobs
         surplus = sampled = 0
-        for at, (sequence, token, logprob) in enumerate(zip(drawing, results.ids, results.logprobs, strict=True)):
+        drawn = zip(drawing, results.ids, results.logprobs, results.entropies, strict=True)
+        for at, (sequence, token, logprob, entropy) in enumerate(drawn):
             if sequence.ended:
                 surplus += 1
                 continue
@@ -590,6 +591,7 @@ class Scheduler:
                     ids=[token],
                     logprobs=[logprob],
                     versions=[versions[sequence.adapter]],
+                    entropies=[entropy],
                     top_logprobs=[] if top is None else [top],
                     finish_reason=reason,
                     cached_tokens=sequence.cached_tokens,

@@ -19,6 +19,7 @@ from lightning_rl.errors import ModelError
 from rollout_server.models import built_in
 
 _CACHE_FORMAT = "v1"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def resolve_model(name: str) -> Path:
@@ -37,7 +38,7 @@ def resolve_model(name: str) -> Path:
                 f"{path} is a directory without config.json", hint="give a Hugging Face checkpoint directory"
             )
         return path
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if _HUB_ID.fullmatch(name):
         return _from_hub(name)
     near = difflib.get_close_matches(name, BUILT_IN, n=1)
     suggestion = f"did you mean {near[0]!r}? " if near else ""
@@ -46,14 +47,34 @@ def resolve_model(name: str) -> Path:
     )
 
 
+def at_hand(name: str, file: str) -> Path | None:
+    """A file of a model's, if it is on this machine already: nothing is made, and nothing fetched."""
+    if name in BUILT_IN:
+        path = _place(name) / file
+    elif (directory := Path(name).expanduser()).is_dir():
+        path = directory / file
+    elif _HUB_ID.fullmatch(name):
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(name, file)
+        path = Path(cached) if isinstance(cached, str) else directory / file
+    else:
+        return None
+    return path if path.is_file() else None
+
+
 def cache_dir() -> Path:
     """Where built-in models are kept: `LRL_CACHE`, else the user's cache directory."""
     root = os.environ.get("LRL_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "lightning-rl")
     return Path(root).expanduser()
 
 
+def _place(name: str) -> Path:
+    return cache_dir() / "models" / f"{name}-{_CACHE_FORMAT}"
+
+
 def _cached(name: str, make: Callable[[Path], None]) -> Path:
-    target = cache_dir() / "models" / f"{name}-{_CACHE_FORMAT}"
+    target = _place(name)
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

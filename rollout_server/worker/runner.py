@@ -119,6 +119,7 @@ class Runner:
             step=launched.step,
             ids=[] if sampled is None else sampled.ids.tolist(),
             logprobs=[] if sampled is None else sampled.logprobs.tolist(),
+            entropies=[] if sampled is None else sampled.entropies.tolist(),
             top_logprobs=[]
             if sampled is None or sampled.alternatives is None
             else _top_logprobs(sampled.alternatives, len(sampled.ids)),
@@ -152,7 +153,7 @@ class Runner:
         alternatives = sampled.alternatives
         if alternatives is not None:
             alternatives = alternatives._replace(ids=to_host(alternatives.ids), logprobs=to_host(alternatives.logprobs))
-        return Sampled(to_host(sampled.ids), to_host(sampled.logprobs), alternatives)
+        return Sampled(to_host(sampled.ids), to_host(sampled.logprobs), to_host(sampled.entropies), alternatives)
 
     def _score(self, rows: Sequence[m.Row], flat: Flat, hidden: torch.Tensor) -> list[torch.Tensor]:
         """For each row with targets, their log-probs at temperature 1."""

@@ -1,4 +1,4 @@
-"""From logits to sampled ids, and the log-prob of each under the very distribution that it was drawn from.
+"""From logits to sampled ids, the log-prob of each under the very distribution that it was drawn from, and its entropy.
 
 A token is the inverse CDF of one uniform that belongs to it (see `uniforms`): what else is in the batch has no influence.
 Order: bias, penalties and mask change logits, temperature divides them, then top-k, top-p and min-p filter. Draws that
@@ -42,6 +42,8 @@ class Sampled(NamedTuple):
     """int64 [B]."""
     logprobs: torch.Tensor
     """fp32 [B]. Of a greedy draw: at temperature 1."""
+    entropies: torch.Tensor
+    """fp32 [B], in nats, of the same distributions: of a filtered draw, what the filters kept."""
     alternatives: Alternatives | None
 
 
@@ -71,26 +73,28 @@ def sample(
     filtered = np.flatnonzero(settings["filtered"])
     if not filtered.size:
         temperatures, uniforms_B = to_device([settings["temperature"], uniform], logits_BV.device)
-        ids, logprobs = kernels.log_softmax_sample(logits_BV, temperatures, uniforms_B)
-        return Sampled(ids, logprobs, _alternatives(logits_BV, settings, {}))
+        ids, logprobs, entropies = kernels.log_softmax_sample(logits_BV, temperatures, uniforms_B)
+        return Sampled(ids, logprobs, entropies, _alternatives(logits_BV, settings, {}))
     ids = torch.empty(len(draws), dtype=torch.int64, device=logits_BV.device)
-    logprobs = torch.empty(len(draws), dtype=torch.float32, device=logits_BV.device)
+    logprobs, entropies = (torch.empty(len(draws), dtype=torch.float32, device=logits_BV.device) for _ in range(2))
     plain = np.flatnonzero(~settings["filtered"])
     if plain.size:
         rows, temperatures, uniforms_B = to_device(
             [plain, settings["temperature"][plain], uniform[plain]], logits_BV.device
         )
-        ids[rows], logprobs[rows] = kernels.log_softmax_sample(logits_BV[rows], temperatures, uniforms_B)
+        drawn = kernels.log_softmax_sample(logits_BV[rows], temperatures, uniforms_B)
+        ids[rows], logprobs[rows], entropies[rows] = drawn
     kept_of: dict[int, tuple[Kept, int]] = {}
     for rows, kept, uniforms_n in _filter(logits_BV, settings, filtered, uniform):
         place = _inverse_cdf(kept, uniforms_n)
-        ids[rows], logprobs[rows] = (
+        ids[rows], logprobs[rows], entropies[rows] = (
             kept.ids.gather(1, place)[:, 0],
             kept.logprobs.gather(1, place)[:, 0].float(),
+            torch.special.entr(kept.logprobs.exp()).sum(-1).float(),
         )
         if settings["top_logprobs"].any():
             kept_of |= {row: (kept, i) for i, row in enumerate(rows.tolist())}
-    return Sampled(ids, logprobs, _alternatives(logits_BV, settings, kept_of))
+    return Sampled(ids, logprobs, entropies, _alternatives(logits_BV, settings, kept_of))
 
 
 def _filter(

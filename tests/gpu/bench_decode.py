@@ -106,7 +106,7 @@ def our_step(decoder: Decoder, rows: int, context: int) -> Callable[[], object]:
     def step() -> None:
         nonlocal batch
         logits = decoder.logits(graphs.run(batch))
-        ids, _ = decoder.kernels.log_softmax_sample(logits, temperatures, uniforms)
+        ids, _, _ = decoder.kernels.log_softmax_sample(logits, temperatures, uniforms)
         batch = batch._replace(ids=ids)
 
     return step

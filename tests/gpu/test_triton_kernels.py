@@ -143,7 +143,7 @@ def test_sampling(vocab: int) -> None:
     temperatures = torch.linspace(0.3, 2.0, rows, device="cuda")
     temperatures[::7] = 0.0
     uniforms = torch.rand(rows, dtype=torch.float64, device="cuda")
-    ids, logprobs = backend.log_softmax_sample(logits, temperatures, uniforms)
+    ids, logprobs, entropies = backend.log_softmax_sample(logits, temperatures, uniforms)
     divisors = torch.where(temperatures == 0, 1.0, temperatures)[:, None]
     cdf = torch.softmax(logits.double() / divisors.double(), -1).cumsum(-1)
     greedy = temperatures == 0
@@ -153,6 +153,8 @@ def test_sampling(vocab: int) -> None:
     assert bool(((before - 1e-6 <= uniforms) & (uniforms <= at + 1e-6))[~greedy].all())
     expected = torch.log_softmax(logits / divisors, -1).gather(1, ids[:, None])[:, 0]
     torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-4)
+    exact = torch.special.entr(torch.softmax(logits.double() / divisors.double(), -1)).sum(-1)
+    torch.testing.assert_close(entropies.double(), exact, rtol=0, atol=1e-4)
 
 
 def test_sampled_frequencies_are_the_distribution() -> None:
@@ -163,6 +165,6 @@ def test_sampled_frequencies_are_the_distribution() -> None:
     draws, vocab = 100_000, 50
     logits = gpu(1, vocab, dtype=torch.float32).expand(draws, vocab)
     uniforms = torch.rand(draws, dtype=torch.float64, device="cuda", generator=torch.Generator("cuda").manual_seed(5))
-    ids, _ = backend.log_softmax_sample(logits, torch.full((draws,), 0.7, device="cuda"), uniforms)
+    ids, _, _ = backend.log_softmax_sample(logits, torch.full((draws,), 0.7, device="cuda"), uniforms)
     expected = torch.softmax(logits[0].double() / 0.7, -1) * draws
     assert chisquare(torch.bincount(ids, minlength=vocab).cpu(), expected.cpu()).pvalue > 1e-3

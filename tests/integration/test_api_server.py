@@ -16,6 +16,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from lightning_rl.episode import EpisodeStart, Sampling, Task
 from lightning_rl.errors import ServerError
@@ -70,6 +72,37 @@ def test_records_are_what_the_engine_scores(server: RolloutServer, folder: Path)
         assert call.logprobs == pytest.approx(scores[len(call.prompt_ids) - 1 :], abs=1e-4)
 
 
+@pytest.mark.parametrize(("asked", "imposed"), [(0, 0), (2, 0), (0, 3), (5, 3)])
+def test_entropies_and_alternatives_are_recorded(
+    server: RolloutServer, folder: Path, tiny_llama: Path, asked: int, imposed: int
+) -> None:
+    """As many alternatives as the agent or the recipe asks for; the agent gets no more than it asked for."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    name = f"likeliest-{asked}-{imposed}"
+    sampling = Sampling(seed=1, max_tokens=12, temperature=0.7, top_logprobs=imposed or None)
+    wanted: dict[str, Any] = {"logprobs": True, "top_logprobs": asked} if asked else {}
+    with Store.open(folder / "episodes.db") as store:
+        store.begin(EpisodeStart(id=name, task=Task(id="t", input={}), phase="train", sampling=sampling))
+        made = client(server, name).chat.completions.create(model="gpt", messages=HELLO, **wanted)
+        (call,) = store.episode(name).calls
+    with torch.inference_mode():
+        logits = model(torch.tensor([call.prompt_ids + call.sampled_ids])).logits[0, len(call.prompt_ids) - 1 : -1]
+    every = torch.log_softmax(logits / 0.7, -1)
+    assert call.entropies == pytest.approx(torch.special.entr(every.exp()).sum(-1).tolist(), abs=1e-4)
+    most = max(asked, imposed)
+    assert len(call.alternatives) == (12 if most else 0)
+    for likeliest, row in zip(call.alternatives, every, strict=False):
+        assert [i for i, _ in likeliest] == row.topk(most).indices.tolist()
+        assert [x for _, x in likeliest] == pytest.approx(row.topk(most).values.tolist(), abs=1e-4)
+    told = made.choices[0].logprobs
+    if asked:
+        assert told is not None
+        for token, likeliest in zip(told.content or [], call.alternatives, strict=True):
+            assert [top.logprob for top in token.top_logprobs] == [x for _, x in likeliest[:asked]]
+    else:
+        assert told is None
+
+
 def test_seeds_decide_whatever_else_runs(server: RolloutServer) -> None:
     def ask(seed: int) -> str:
         made = client(server).chat.completions.create(model="gpt", messages=HELLO, seed=seed, max_tokens=16)
@@ -83,12 +116,14 @@ def test_seeds_decide_whatever_else_runs(server: RolloutServer) -> None:
 
 
 def test_a_client_that_goes_away_frees_its_pages(server: RolloutServer) -> None:
+    before = server.admin().stats()["sampled_tokens"]
     stream = client(server).chat.completions.create(
         model="gpt", messages=HELLO, max_tokens=2000, stream=True, extra_body={"ignore_eos": True}
     )
     next(iter(stream))
     stream.close()
-    wait_for(lambda: server.admin().stats()["running"] == 0, 5)
+    wait_for(lambda: server.admin().stats()["running"] == 0)
+    assert server.admin().stats()["sampled_tokens"] - before < 2000
 
 
 def test_new_weights_are_live_and_versioned(server: RolloutServer, tiny_llama: Path, tmp_path: Path) -> None:
@@ -141,10 +176,10 @@ def test_a_dead_process_is_noticed_and_close_ends_the_others(tiny_llama: Path, t
         assert list(pids) == ["manager", "web", "worker"]
         server.check()
         os.kill(pids[name], signal.SIGKILL)
-        wait_for(lambda: not _runs(server.check), 5)
+        wait_for(lambda: not _runs(server.check))
         with pytest.raises(ServerError, match=f"{name} process ended with signal 9"):
             server.check()
-    wait_for(lambda: not any(map(_alive, pids.values())), 2)
+    wait_for(lambda: not any(map(_alive, pids.values())))
 
 
 def test_serve_prints_where_and_no_process_outlives_it(tmp_path: Path) -> None:
@@ -168,8 +203,8 @@ def test_serve_prints_where_and_no_process_outlives_it(tmp_path: Path) -> None:
         children += [worker for child in children for worker in _children(child)]
         assert len(children) == 3
         os.killpg(process.pid, how)
-        assert process.wait(15) == (0 if how == signal.SIGINT else -how)
-        wait_for(lambda children=children: not any(map(_alive, children)), 5)  # type: ignore[misc]
+        assert process.wait(60) == (0 if how == signal.SIGINT else -how)
+        wait_for(lambda children=children: not any(map(_alive, children)))  # type: ignore[misc]
         process.stdout.close()
 
 
@@ -193,7 +228,7 @@ def _runs(check: Callable[[], None]) -> bool:
     return True
 
 
-def wait_for(condition: Callable[[], bool], seconds: float) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

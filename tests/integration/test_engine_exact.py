@@ -115,7 +115,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return random_checkpoint(FAMILIES["llama"], tmp_path_factory.mktemp("llama"))
 
 
-Sampled = dict[str, tuple[list[int], list[float]]]
+Sampled = dict[str, tuple[list[int], list[float], list[float]]]
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def plain(model_dir: Path) -> Sampled:
         engine = LocalEngine(model_dir, kv_tokens=1024, lookahead=0, shared_prefix=False)
         engine.submit(str(i), ids, SamplingParams(max_tokens=20, seed=i))
         output = engine.run()[str(i)]
-        found[str(i)] = output.ids, output.logprobs
+        found[str(i)] = output.ids, output.logprobs, output.entropies
     return found
 
 
@@ -152,9 +152,10 @@ def test_sampling_does_not_depend_on_the_path(model_dir: Path, plain: Sampled, p
         for i, ids in enumerate(prompts(24)):
             engine.submit(str(i), ids, SamplingParams(max_tokens=20, seed=i))
         outputs = engine.run()
-        for key, (ids, logprobs) in plain.items():
+        for key, (ids, logprobs, entropies) in plain.items():
             assert outputs[key].ids == ids
             assert outputs[key].logprobs == logprobs, "batch-invariant mode is exact bit for bit"
+            assert outputs[key].entropies == entropies
     counters = engine.scheduler.counters
     if path == "offload":
         assert counters.offloaded_pages > 0
@@ -201,9 +202,10 @@ def test_paths_agree_without_batch_invariant_arithmetic(
     for i, ids in enumerate(prompts(24)):
         engine.submit(str(i), ids, SamplingParams(max_tokens=20, seed=i))
     outputs = engine.run()
-    for key, (ids, logprobs) in plain.items():
+    for key, (ids, logprobs, entropies) in plain.items():
         assert outputs[key].ids == ids
         assert outputs[key].logprobs == pytest.approx(logprobs, abs=1e-4)
+        assert outputs[key].entropies == pytest.approx(entropies, abs=1e-4)
 
 
 def test_choices_of_a_request_share_one_prefill_and_differ_by_index(model_dir: Path) -> None:
@@ -369,6 +371,6 @@ def test_sleep_frees_the_memory_and_waking_changes_nothing(model_dir: Path, plai
     assert not engine.step()
     engine.ask(m.Wake(request_id="wake"))
     outputs = engine.run()
-    for key, (ids, logprobs) in plain.items():
-        assert (outputs[key].ids, outputs[key].logprobs) == (ids, logprobs)
+    for key, (ids, logprobs, entropies) in plain.items():
+        assert (outputs[key].ids, outputs[key].logprobs, outputs[key].entropies) == (ids, logprobs, entropies)
     assert checksum(engine.runner.decoder.export()) == before

@@ -65,11 +65,12 @@ def test_logprobs_are_those_of_the_masked_distribution(tiny_llama: Path) -> None
     with torch.no_grad():
         logits = model(torch.tensor([PROMPT + output.ids[:-1]])).logits[0, len(PROMPT) - 1 :]
     matcher = engine.grammars.matcher(GRAMMAR)
-    for at, (token, logprob) in enumerate(zip(output.ids, output.logprobs, strict=True)):
+    for at, (token, logprob, entropy) in enumerate(zip(output.ids, output.logprobs, output.entropies, strict=True)):
         bits = torch.tensor(list(matcher.allowed((END,))), dtype=torch.int32)
         allowed = (bits[:, None] >> torch.arange(8)).bitwise_and(1).flatten()[: logits.shape[1]].bool()
-        expected = torch.log_softmax(logits[at].masked_fill(~allowed, -torch.inf), -1)[token]
-        assert logprob == pytest.approx(float(expected), abs=1e-4)
+        expected = torch.log_softmax(logits[at].masked_fill(~allowed, -torch.inf), -1)
+        assert logprob == pytest.approx(float(expected[token]), abs=1e-4)
+        assert entropy == pytest.approx(float(torch.special.entr(expected.exp()).sum()), abs=1e-4)
         if token != END:
             matcher.take(token)
 

@@ -156,7 +156,8 @@ def test_a_store_of_version_3_is_brought_up_to_date(postgres):
     schema = f'"{url.rpartition("=")[2]}"'
     database = url.partition("?")[0].rpartition("/")[2]
     postgres.sql(
-        f"ALTER TABLE {schema}.calls DROP COLUMN restricted; UPDATE {schema}.lightning_rl_store SET version = 3",
+        f"ALTER TABLE {schema}.calls DROP COLUMN restricted, DROP COLUMN entropies, DROP COLUMN alternatives;"
+        f" UPDATE {schema}.lightning_rl_store SET version = 3",
         database,
     )
     postgres.sql(
@@ -168,11 +169,12 @@ def test_a_store_of_version_3_is_brought_up_to_date(postgres):
     with pytest.raises(StoreError, match=r"cannot bring up to date .*must be owner of table calls") as caught:
         Store.open(looking, create=False)
     assert "as the owner of its tables" in caught.value.hint
-    call = make_call([1], [3], id="d", index=1, restricted=["top_k"])
+    recorded = {"entropies": [0.5], "alternatives": [[(3, -0.5), (4, -1.25)]]}
+    call = make_call([1], [3], id="d", index=1, restricted=["top_k"], **recorded)
     for _ in range(2):
         with Store.open(url) as store:
             store.add_call(call)
-            assert [call.restricted for call in store.episode("e").calls] == [[], ["top_k"]]
+            assert store.episode("e").calls == [make_call([1], [2]), call]
     with Store.open(looking, create=False) as store:
         assert len(store.episode("e").calls) == 2
 

@@ -138,7 +138,13 @@ class ShadowWorker:
             for draw in row.draws:
                 ids.append(self._draw(draw, row, context))
         return m.Forwarded(
-            step=forward.step, ids=ids, logprobs=[-float(i) for i in ids], top_logprobs=[], scores=scores, seconds=0.0
+            step=forward.step,
+            ids=ids,
+            logprobs=[-float(i) for i in ids],
+            entropies=[float(i) for i in ids],
+            top_logprobs=[],
+            scores=scores,
+            seconds=0.0,
         )
 
     def _cell(self, slot: int, position: int) -> Cell:

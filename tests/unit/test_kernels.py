@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -249,15 +250,32 @@ def test_sampling_equals_the_reference(dtype: torch.dtype, vocab: int) -> None:
     logits[:, vocab // 2] = -torch.inf
     temperatures = torch.tensor([0.0, 1.0, 0.5, 1.7] * 50)
     uniforms = torch.rand(200, generator=generator, dtype=torch.float64)
-    ids, logprobs = compiled.log_softmax_sample(logits, temperatures, uniforms)
-    expected, _ = reference.log_softmax_sample(logits, temperatures, uniforms)
+    ids, logprobs, entropies = compiled.log_softmax_sample(logits, temperatures, uniforms)
+    expected, _, known = reference.log_softmax_sample(logits, temperatures, uniforms)
     assert (ids == expected).float().mean() > 0.98  # the rest fall on the other side of an edge by rounding
     exact = torch.log_softmax(logits.double() / torch.where(temperatures == 0, 1, temperatures)[:, None], -1)
     assert torch.allclose(logprobs.double(), exact.gather(1, ids[:, None])[:, 0], atol=2e-5)
+    for told in (entropies, known):
+        assert torch.allclose(told.double(), torch.special.entr(exact.exp()).sum(-1), atol=1e-5)
     below = torch.where(torch.arange(vocab) < ids[:, None], exact.exp(), 0.0).sum(-1)
     hot = temperatures > 0
     assert (below - uniforms)[hot].max() < 1e-5
     assert (uniforms - below - exact.exp().gather(1, ids[:, None])[:, 0])[hot].max() < 1e-5
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_entropies_of_few_possible_ids(level: int) -> None:
+    """On every instruction set: one id, two equal ones far apart, next to no temperature, all alike."""
+    logits = torch.full((4, 1003), -torch.inf)
+    logits[0, 1002] = -5.0
+    logits[1, [3, 1001]] = 80.0
+    logits[2] = torch.linspace(-80.0, 80.0, 1003)
+    logits[3] = 0.25
+    temperatures, uniforms = torch.tensor([1.0, 0.7, 1e-30, 2.0]), torch.full((4,), 0.4, dtype=torch.float64)
+    with compiled.at_most(level):
+        entropies = compiled.log_softmax_sample(logits, temperatures, uniforms)[2]
+    assert entropies.tolist() == pytest.approx([0.0, math.log(2), 0.0, math.log(1003)], abs=1e-6)
+    assert (entropies >= 0).all()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -265,7 +283,7 @@ def test_sampling_from_what_is_no_distribution_stays_within_the_vocabulary(tempe
     logits = torch.full((3, 500), torch.nan)
     logits[1, :7] = 1.0
     logits[2] = -torch.inf
-    ids, _ = compiled.log_softmax_sample(
+    ids, _, _ = compiled.log_softmax_sample(
         logits, torch.full((3,), temperature), torch.full((3,), 0.5, dtype=torch.float64)
     )
     assert ((ids >= 0) & (ids < 500)).all()

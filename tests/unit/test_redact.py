@@ -125,11 +125,12 @@ def test_a_key_in_two_parts_of_a_message_is_taken_out_of_both():
 
 
 def test_a_text_that_cannot_be_searched_in_time_is_withheld_whole(monkeypatch):
-    monkeypatch.setattr(redact, "SECONDS", 0.2)
     redactor = Redactor([r"(a|a)*b$"])
-    began = time.monotonic()
-    assert redactor.value({"hostile": "a" * 60 + "cb!", "next": "harmless"})["hostile"] == REDACTED
-    assert time.monotonic() - began < 3
+    with monkeypatch.context() as patch:
+        patch.setattr(redact, "SECONDS", 0.2)
+        began = time.monotonic()
+        assert redactor.value({"hostile": "a" * 60 + "cb!", "next": "harmless"})["hostile"] == REDACTED
+    assert time.monotonic() - began < 60
     assert redactor.text("harmless") == "harmless"
 
 
@@ -164,8 +165,10 @@ def test_only_the_ids_of_the_secret_are_replaced(tokenizer):
 def test_a_key_of_an_earlier_turn_is_not_in_the_ids_although_the_request_is_clean(tokenizer):
     """As with the Responses API's `previous_response_id`; no pattern is set."""
     prompt = tokenizer.encode(f"my key is {KEY}. go on", add_special_tokens=False).ids
-    call = make_call(prompt, [5], request={"input": "go on", "previous_response_id": "r"}, response={"content": "x"})
+    recorded = {"entropies": [1.5], "alternatives": [[(5, -0.5), (6, -1.0)]]}
+    request = {"input": "go on", "previous_response_id": "r"}
+    call = make_call(prompt, [5], request=request, response={"content": "x"}, **recorded)
     kept = Redaction(Redactor([], [KEY]), tokenizer, 2).call(call)
-    assert kept.redacted
+    assert (kept.redacted, kept.entropies, kept.alternatives) == (True, [], [])
     assert KEY not in tokenizer.decode(kept.prompt_ids)
     assert Redaction(Redactor([], ["another-key"]), tokenizer, 2).call(call) is call

@@ -138,6 +138,7 @@ def test_chi_square(name: str) -> None:
         got = draw_all(logits.expand(BLOCK, -1), [case] * BLOCK, at, [i % 4 for i in range(BLOCK)])
         counts += np.bincount(got.ids.numpy(), minlength=VOCAB)
         assert np.allclose(np.exp(got.logprobs.double().numpy()), want[got.ids.numpy()], atol=1e-6)
+        assert np.allclose(got.entropies.double().numpy(), stats.entropy(want), atol=1e-5)
     alive = want > 0
     assert counts[~alive].sum() == 0
     assert alive.sum() > 2
@@ -189,11 +190,13 @@ def test_every_mixture_of_draws(cases: list[Case], seed: int, ties: bool) -> Non
         token = int(together.ids[i])
         assert want[token] > 0
         assert near(float(together.logprobs[i]), want[token])
+        assert math.isclose(float(together.entropies[i]), stats.entropy(want), abs_tol=2e-5)
         if case.params.temperature == 0:
             assert token == max(range(VOCAB), key=lambda t: (round(want[t], 7), -t))
         alone = draw_all(logits[i : i + 1], [case], [at[i]], [i % 3])
         assert alone.ids[0] == together.ids[i]
         assert alone.logprobs[0] == together.logprobs[i]
+        assert math.isclose(alone.entropies[0], together.entropies[i], abs_tol=1e-6)
         found = together.alternatives
         if case.params.top_logprobs:
             assert found is not None

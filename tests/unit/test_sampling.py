@@ -15,8 +15,8 @@ from rollout_server.messages import SamplingParams
 )
 def test_min_tokens_never_exceeds_what_may_be_sampled(asked: int, imposed: int | None, given: int) -> None:
     params = sampling_params(
-        SamplingOptions(min_tokens=asked, max_tokens=40),
-        Sampling(max_tokens=imposed),
+        SamplingOptions(min_tokens=asked, max_tokens=40, top_logprobs=asked % 4),
+        Sampling(max_tokens=imposed, top_logprobs=3),
         prompt_tokens=80,
         context_limit=100,
         vocab_size=1000,
@@ -24,6 +24,7 @@ def test_min_tokens_never_exceeds_what_may_be_sampled(asked: int, imposed: int |
         seed=0,
     )
     assert params.min_tokens == given
+    assert params.top_logprobs == 3
     assert params.stop_ids == (2,)
 
 

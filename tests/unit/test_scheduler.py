@@ -561,7 +561,13 @@ def test_requests_that_end_leave_no_garbage(end: str) -> None:
                 for plan in list(engine.scheduler.in_flight):
                     draws = len(plan.decoding)
                     forwarded = m.Forwarded(
-                        step=plan.step, ids=[1] * draws, logprobs=[0.0] * draws, top_logprobs=[], scores=[], seconds=0.0
+                        step=plan.step,
+                        ids=[1] * draws,
+                        logprobs=[0.0] * draws,
+                        entropies=[0.0] * draws,
+                        top_logprobs=[],
+                        scores=[],
+                        seconds=0.0,
                     )
                     engine.scheduler.apply(forwarded)
             if end == "fail":

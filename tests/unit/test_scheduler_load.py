@@ -39,7 +39,13 @@ def test_a_hundred_thousand_requests() -> None:
         draws = sum(len(row.draws) for row in forward.rows)
         ids = [rng.randrange(30) for _ in range(draws)]
         results = m.Forwarded(
-            step=forward.step, ids=ids, logprobs=[0.0] * draws, top_logprobs=[], scores=[], seconds=0.0
+            step=forward.step,
+            ids=ids,
+            logprobs=[0.0] * draws,
+            entropies=[0.0] * draws,
+            top_logprobs=[],
+            scores=[],
+            seconds=0.0,
         )
         finished += sum(reply.finish_reason is not None for reply in scheduler.apply(results))  # type: ignore[union-attr]
         if steps % 500 == 0:

@@ -31,6 +31,8 @@ objects = st.dictionaries(free_text, json_values, max_size=3)
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 small = st.integers(0, 2**31 - 1)
 maybe = st.none() | text
+entropies = st.floats(0, width=32, allow_infinity=False)
+likeliest = st.lists(st.tuples(small, st.floats(max_value=0, width=32)), max_size=3)
 
 
 def built(record, **fields):
@@ -66,6 +68,8 @@ def episodes(draw):
                 upstream=text,
                 redacted=st.booleans(),
                 restricted=st.lists(text, max_size=2),
+                entropies=st.just([]) | st.lists(entropies, min_size=length, max_size=length),
+                alternatives=st.just([]) | st.lists(likeliest, min_size=length, max_size=length),
                 experts=st.none() | st.binary(max_size=4),
                 cached_tokens=small,
                 request=objects,
@@ -87,6 +91,7 @@ def episodes(draw):
         top_p=st.none() | numbers,
         max_tokens=st.none() | small,
         seed=st.none() | st.integers(0, 2**62),
+        top_logprobs=st.none() | small,
     )
     task = built(Task, id=text, input=objects)
     start = built(
@@ -210,6 +215,33 @@ def test_the_columns_are_the_fields_of_the_records():
     documented = (ROOT / "docs" / "traces.md").read_text(encoding="utf-8")
     for record in (Episode, EpisodeStart, Task, Sampling, Call, Span, Reward):
         assert [name for name in names(record) if f"`{name}`" not in documented] == []
+
+
+def test_files_from_before_entropies_and_alternatives_are_read(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    def as_before(rows):
+        for row in rows:
+            del row["start"]["sampling"]["top_logprobs"]
+            for call in row["calls"]:
+                del call["entropies"], call["alternatives"]
+        return rows
+
+    recorded = {"entropies": [0.5], "alternatives": [[(3, -0.5)]]}
+    call = make_call([1, 2], [3], **recorded)
+    lines, table = tmp_path / "t.jsonl", tmp_path / "t.parquet"
+    for path in (lines, table):
+        write_traces(path, [Episode(start=make_start(), calls=[call])])
+    header, *rows = lines.read_text().splitlines()
+    rows = [json.dumps(row) for row in as_before([json.loads(row) for row in rows])]
+    lines.write_text("\n".join([header, *rows]))
+    written = pyarrow.parquet.read_table(table)
+    older = pyarrow.Table.from_pylist(as_before(written.to_pylist()))
+    pyarrow.parquet.write_table(older.replace_schema_metadata(written.schema.metadata), table)
+    for path in (lines, table):
+        (episode,) = read_traces(path)
+        assert episode.calls == [make_call([1, 2], [3])]
 
 
 HEADER = '{"format": "lightning-rl-traces", "version": 1}'

@@ -1,6 +1,6 @@
 """The Triton kernels under Triton's interpreter, on CPU tensors.
 
-Triton decides when it is imported whether kernels are interpreted, so each file of cases has a process of its own;
+Triton decides when it is imported whether kernels are interpreted, so the files of cases have a process of their own;
 `TRITON_INTERPRET=1 pytest tests/unit/triton_attention.py` shows one by one.
 """
 
@@ -17,17 +17,23 @@ pytest.importorskip("triton")
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("cases", ["triton_attention.py", "triton_operations.py", "triton_decoder.py"])
-def test_interpreted(cases: str) -> None:
+CASES = ["triton_attention.py", "triton_operations.py", "triton_decoder.py"]
+
+
+@pytest.mark.timeout(900)
+def test_interpreted() -> None:
+    files = [str(HERE / cases) for cases in CASES]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "--timeout=200", str(HERE / cases)],
+        [sys.executable, "-m", "pytest", "-x", "-v", "-p", "no:cacheprovider", "--timeout=200", *files],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=HERE.parents[1],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=800,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    for cases in CASES:
+        assert f"{cases} " in done.stdout
     assert " passed" in done.stdout
     assert "skipped" not in done.stdout

@@ -100,10 +100,11 @@ def test_sampling_is_the_inverse_cdf(vocab: int) -> None:
     logits = random_tensor(rows, vocab, dtype=torch.float32) * 3
     temperatures = torch.linspace(0.3, 2.0, rows)
     uniforms = torch.rand(rows, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    ids, logprobs = backend.log_softmax_sample(logits, temperatures, uniforms)
+    ids, logprobs, entropies = backend.log_softmax_sample(logits, temperatures, uniforms)
     assert torch.equal(ids, near_edges(logits, temperatures, uniforms))
-    expected = torch.log_softmax(logits / temperatures[:, None], -1).gather(1, ids[:, None])[:, 0]
-    torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-5)
+    every = torch.log_softmax(logits / temperatures[:, None], -1)
+    torch.testing.assert_close(logprobs, every.gather(1, ids[:, None])[:, 0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(entropies, torch.special.entr(every.exp()).sum(-1), rtol=0, atol=1e-5)
 
 
 def test_greedy_rows_take_the_first_of_the_likeliest_at_temperature_one() -> None:
@@ -112,10 +113,11 @@ def test_greedy_rows_take_the_first_of_the_likeliest_at_temperature_one() -> Non
     logits[1, 4097] = logits[1, 4098] = 9.0
     temperatures = torch.tensor([0.0, 0.0, 1.0])
     uniforms = torch.full((3,), 0.999, dtype=torch.float64)
-    ids, logprobs = backend.log_softmax_sample(logits, temperatures, uniforms)
+    ids, logprobs, entropies = backend.log_softmax_sample(logits, temperatures, uniforms)
     assert ids[:2].tolist() == [100, 4097]
-    expected = torch.log_softmax(logits, -1).gather(1, ids[:, None])[:, 0]
-    torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-5)
+    every = torch.log_softmax(logits, -1)
+    torch.testing.assert_close(logprobs, every.gather(1, ids[:, None])[:, 0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(entropies, torch.special.entr(every.exp()).sum(-1), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("uniform", [1e-17, 0.5, 1 - 2**-53])
@@ -124,11 +126,13 @@ def test_impossible_ids_are_never_drawn(uniform: float) -> None:
     logits = torch.full((2, 7000), -torch.inf)
     allowed = [3000, 3001, 6000]
     logits[:, allowed] = torch.tensor([0.1, 0.2, 0.3])
-    ids, logprobs = backend.log_softmax_sample(
+    ids, logprobs, entropies = backend.log_softmax_sample(
         logits, torch.tensor([1.0, 0.0]), torch.full((2,), uniform, dtype=torch.float64)
     )
     assert ids.tolist() == [3000 if uniform < 0.1 else 3001 if uniform < 0.6 else 6000, 6000]
     assert torch.isfinite(logprobs).all()
+    possible = torch.softmax(logits[:, allowed], -1)
+    torch.testing.assert_close(entropies, torch.special.entr(possible).sum(-1), rtol=0, atol=1e-5)
 
 
 def test_allocated_caches_are_zero_and_paged() -> None:

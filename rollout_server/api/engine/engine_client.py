@@ -181,6 +181,7 @@ def _merge(parts: list[m.Tokens]) -> m.Tokens:
         ids=[i for part in parts for i in part.ids],
         logprobs=[x for part in parts for x in part.logprobs],
         versions=[v for part in parts for v in part.versions],
+        entropies=[x for part in parts for x in part.entropies],
         top_logprobs=[top for part in parts for top in part.top_logprobs],
         finish_reason=parts[-1].finish_reason,
         cached_tokens=max(part.cached_tokens for part in parts),

@@ -145,10 +145,10 @@ void lrl_run(const operation *operations, int64_t count, int64_t parallel) {
     for (int64_t i = 0; i < count; i++) perform(operations + i);
 }
 
-void lrl_sample(const void *logits, const float *temperatures, const double *uniforms, double *spans, int64_t *ids,
-                float *logprobs, int64_t rows, int64_t vocab, int bf16) {
+void lrl_draw(const void *logits, const float *temperatures, const double *uniforms, double *spans, int64_t *ids,
+                float *logprobs, float *entropies, int64_t rows, int64_t vocab, int bf16) {
 #pragma omp parallel
-    { CHOOSE(sample, logits, temperatures, uniforms, spans, ids, logprobs, rows, vocab, bf16); }
+    { CHOOSE(sample, logits, temperatures, uniforms, spans, ids, logprobs, entropies, rows, vocab, bf16); }
 }
 
 /* Build tools expect an extension module to have this symbol. Nothing calls it: the library is loaded through ctypes, which

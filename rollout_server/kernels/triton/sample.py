@@ -1,7 +1,7 @@
 """log softmax and inverse-CDF sampling of [B, V] logits in two levels: no sort, no [B, V] intermediate.
 
-First every block of the vocabulary gets its maximum, its sum of exponentials and its likeliest id; then one program a
-row finds the block that the uniform falls into, and the id within it.
+First every block of the vocabulary gets its maximum, its sum of exponentials, the sum of exponents weighted by them, and its
+likeliest id; then one program a row finds the block that the uniform falls into, the id within it, and the row's entropy.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ def _block_sums(
     temperatures: tl.tensor,
     best: tl.tensor,
     total: tl.tensor,
+    weighted: tl.tensor,
     likeliest: tl.tensor,
     vocab: tl.tensor,
     row_stride: tl.tensor,
@@ -39,7 +40,9 @@ def _block_sums(
     exponents = scaled - tl.where(top == float("-inf"), 0.0, top)
     slot = row * blocks + block
     tl.store(best + slot, top)
-    tl.store(total + slot, tl.sum(tl.exp(exponents), axis=0))
+    probs = tl.exp(exponents)
+    tl.store(total + slot, tl.sum(probs, axis=0))
+    tl.store(weighted + slot, tl.sum(tl.where(probs > 0.0, probs * exponents, 0.0), axis=0))
     tl.store(likeliest + slot, tl.min(tl.where(scaled == top, at, vocab), axis=0))
 
 
@@ -50,9 +53,11 @@ def _draw(
     uniforms: tl.tensor,
     best: tl.tensor,
     total: tl.tensor,
+    weighted: tl.tensor,
     likeliest: tl.tensor,
     ids: tl.tensor,
     logprobs: tl.tensor,
+    entropies: tl.tensor,
     vocab: tl.tensor,
     row_stride: tl.tensor,
     blocks: tl.tensor,
@@ -93,28 +98,32 @@ def _draw(
     logit = tl.div_rn(tl.load(source + token).to(tl.float32), temperature)
     tl.store(ids + row, token.to(tl.int64))
     tl.store(logprobs + row, logit - top - tl.log(mass).to(tl.float32))
+    # A block's exponents are relative to its own maximum: seen from the row's they are lower by the same amount all.
+    within = tl.load(weighted + row * blocks + block, mask=block < blocks, other=0.0) * tl.exp(tops - top)
+    below = tl.where(weights > 0.0, (tops - top) * weights, 0.0)
+    tl.store(entropies + row, (tl.log(mass) - tl.sum(within + below, axis=0) / mass).to(tl.float32))
 
 
 def log_softmax_sample(
     logits_BV: torch.Tensor, temperatures_B: torch.Tensor, uniforms_B: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids int64 [B] at `uniforms` (fp64) of the CDF of softmax(logits / temperature), and their log-probs fp32 [B].
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids int64 [B] at `uniforms` (fp64) of the CDF of softmax(logits / temperature), their log-probs and entropies, fp32 [B].
 
-    Rows of temperature 0 take the first of the likeliest ids and its log-prob at temperature 1. Where the CDF is so
+    Rows of temperature 0 take the first of the likeliest ids, log-prob and entropy at temperature 1. Where the CDF is so
     close to a uniform that fp32 rounding of the sums decides, the neighbouring id of the reference may be drawn.
     """
     rows, vocab = logits_BV.shape
     device = logits_BV.device
     ids = torch.empty(rows, dtype=torch.int64, device=device)
-    logprobs = torch.empty(rows, dtype=torch.float32, device=device)
+    logprobs, entropies = (torch.empty(rows, dtype=torch.float32, device=device) for _ in range(2))
     if not rows:
-        return ids, logprobs
+        return ids, logprobs, entropies
     blocks = triton.cdiv(vocab, _BLOCK)
-    best, total = (torch.empty(rows, blocks, dtype=torch.float32, device=device) for _ in range(2))
+    best, total, weighted = (torch.empty(rows, blocks, dtype=torch.float32, device=device) for _ in range(3))
     likeliest = torch.empty(rows, blocks, dtype=torch.int32, device=device)
     stride = logits_BV.stride(0)
     _block_sums[(rows, blocks)](
-        logits_BV, temperatures_B, best, total, likeliest, vocab, stride, blocks, BLOCK=_BLOCK, num_warps=8
+        logits_BV, temperatures_B, best, total, weighted, likeliest, vocab, stride, blocks, BLOCK=_BLOCK, num_warps=8
     )
     _draw[(rows,)](
         logits_BV,
@@ -122,9 +131,11 @@ def log_softmax_sample(
         uniforms_B,
         best,
         total,
+        weighted,
         likeliest,
         ids,
         logprobs,
+        entropies,
         vocab,
         stride,
         blocks,
@@ -132,4 +143,4 @@ def log_softmax_sample(
         BLOCK=_BLOCK,
         num_warps=8,
     )
-    return ids, logprobs
+    return ids, logprobs, entropies

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from msgspec import Struct, field, structs
@@ -128,15 +128,23 @@ def _asked(call: Call) -> list[ToolUse]:
     """What the reply asks for. Its time is the reply's end."""
     return [
         ToolUse(
-            name=str((made.get("function") or {}).get("name") or ""),
-            arguments=_arguments((made.get("function") or {}).get("arguments") or ""),
+            name=str(function.get("name") or ""),
+            arguments=_arguments(function.get("arguments") or ""),
             call_id=call.id,
-            tool_call_id=str(made.get("id") or "") or None,
+            tool_call_id=str(tool_call_id or "") or None,
             started_at=call.ended_at,
             ended_at=call.ended_at,
         )
-        for made in call.response.get("tool_calls") or []
+        for tool_call_id, function in _made(call.response.get("tool_calls"))
     ]
+
+
+def _made(tool_calls: Any) -> Iterator[tuple[Any, Mapping[str, Any]]]:
+    """Id and function of each; a record made elsewhere may have anything in their place."""
+    for made in tool_calls if isinstance(tool_calls, list) else ():
+        if isinstance(made, Mapping):
+            function = made.get("function")
+            yield made.get("id"), function if isinstance(function, Mapping) else {}
 
 
 def _arguments(written: Any) -> Any:

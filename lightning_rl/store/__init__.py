@@ -13,9 +13,9 @@ itself must not be carried across a fork. What the records mean is in `episode`,
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from sqlalchemy import Connection, Row, Select, bindparam, func, select
 from sqlalchemy.exc import SQLAlchemyError
@@ -42,7 +42,11 @@ from lightning_rl.store.schema import calls, episodes, rewards, spans
 
 __all__ = ["EpisodeSummary", "Store"]
 
+T = TypeVar("T")
 OPENING_PATIENCE_S = 5.0
+BROUGHT_UP_TO_DATE = (
+    "`lrl traces list RUN` brings it up to date, once no older release uses it: older ones cannot go on with it then"
+)
 logger = logging.getLogger("lrl.store")
 
 # Statements are made once: SQLAlchemy takes longer to make them than SQLite takes to run them.
@@ -66,17 +70,20 @@ class Store:
         }
 
     @classmethod
-    def open(cls, place: Path | str, *, create: bool = True) -> Self:
+    def open(cls, place: Path | str, *, create: bool = True, upgrade: bool = True) -> Self:
         """Open the file or database, and make what is missing in it. Also takes `sqlite:///PATH`.
 
         Without `create`, as for those who only read, it must be there; a file may be one that cannot be written to. One of an
-        earlier version is brought up to date all the same, which takes the right to write.
+        earlier version is brought up to date all the same, which takes the right to write, or without `upgrade` refused.
+        With neither of them a file is opened so that it cannot be written to.
         """
-        database = database_at(place, create=create)
+        database = database_at(place, create=create, upgrade=upgrade)
         transactions = Transactions(database)
         patience_s = min(database.patience_s, OPENING_PATIENCE_S)
         try:
             if transactions.read(database.must_prepare, "open", patience_s):
+                if not upgrade:
+                    raise StoreError(f"{database.place} was recorded by an earlier version", hint=BROUGHT_UP_TO_DATE)
                 _prepare(transactions, create, patience_s)
         except BaseException:
             transactions.close()
@@ -222,6 +229,10 @@ class Store:
                 raise StoreError(f"{self.place} does not give episode {episode.id} back as it is")
 
         self._transactions.write(write)
+
+    def read(self, work: Callable[[Connection], T]) -> T:
+        """For those who read by queries of their own (`store.browsing`). They must not write."""
+        return self._transactions.read(work)
 
     def start_of(self, episode_id: str) -> EpisodeStart | None:
         wanted = {"wanted": episode_id}

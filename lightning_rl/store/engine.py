@@ -56,10 +56,13 @@ class Database(Protocol):
     def hint(self, error: Exception) -> str | None: ...
 
 
-def database_at(place: Path | str, *, create: bool) -> Database:
-    """A path is an SQLite file; a URL says itself. Raises StoreError for what is neither."""
+def database_at(place: Path | str, *, create: bool, upgrade: bool = True) -> Database:
+    """A path is an SQLite file; a URL says itself. Raises StoreError for what is neither.
+
+    Whoever neither creates nor upgrades a file gets connections that cannot write to it.
+    """
     if isinstance(place, Path) or ("://" not in place and not place.startswith("${")):
-        return SQLite(str(place), create=create)
+        return SQLite(str(place), create=create, upgrade=upgrade)
     if not place.startswith("sqlite"):
         from lightning_rl.store.postgres import Postgres
 
@@ -73,7 +76,7 @@ def database_at(place: Path | str, *, create: bool) -> Database:
             f"the episode store must be an SQLite file, not {url.render_as_string()}",
             hint="give a path, sqlite:///PATH, or postgresql://USER@HOST/DATABASE",
         )
-    return SQLite(str(url.database), create=create)
+    return SQLite(str(url.database), create=create, upgrade=upgrade)
 
 
 class Transactions:

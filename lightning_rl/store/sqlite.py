@@ -2,7 +2,8 @@
 
 A writer takes the write lock when its transaction begins (`BEGIN IMMEDIATE`), so that writers of different processes
 queue for up to `BUSY_SECONDS` instead of failing half-way; readers never wait (WAL). Opening a file that is up to date is
-reading. One that cannot be written to can be read, if it is opened for no more.
+reading, and what is not to be created is not touched before it is known to be ours. One that cannot be written to can be read,
+if it is opened for no more.
 """
 
 from __future__ import annotations
@@ -37,17 +38,18 @@ HINTS = {
 class SQLite:
     patience_s = 0.0
 
-    def __init__(self, path: str, *, create: bool) -> None:
+    def __init__(self, path: str, *, create: bool, upgrade: bool = True) -> None:
         self.place = path
         self._create = create
+        self._only_reads = not create and not upgrade
 
     def engines(self) -> tuple[Engine, Engine]:
         if not self._create and not Path(self.place).is_file():
             raise _nothing(self.place)
-        is_for_reading = not self._create and not _is_writable(Path(self.place))
+        is_for_reading = self._only_reads or (not self._create and not _is_writable(Path(self.place)))
         url = _reading_url(Path(self.place)) if is_for_reading else URL.create("sqlite", database=self.place)
         engine = create_engine(url, connect_args={"timeout": BUSY_SECONDS}, max_overflow=-1)
-        if not is_for_reading:
+        if self._create:
             event.listen(engine, "connect", _write_ahead)
         event.listen(engine, "connect", _configure)
         event.listen(engine, "begin", _begin)
@@ -99,15 +101,23 @@ def _version(connection: Connection) -> int:
     return int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
 
 
+def log_of(path: Path) -> Path:
+    """What was committed and is not in the file yet. A run that was killed leaves it behind."""
+    return path.with_name(f"{path.name}-wal")
+
+
 def _is_writable(path: Path) -> bool:
     return os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)
 
 
 def _reading_url(path: Path) -> URL:
-    """Beside a file that nobody has open there is nothing, and SQLite must be told that nothing need be made there."""
-    is_open = path.with_name(f"{path.name}-wal").exists()
+    """Beside a file that nobody has open there is nothing, and SQLite must be told that nothing need be made there.
+
+    Then it must not change either: who reads for long looks for a log beside it (`log_of`), and opens it anew.
+    """
+    is_open = log_of(path).exists()
     how = {"mode": "ro"} if is_open else {"mode": "ro", "immutable": "1"}
-    return URL.create("sqlite", database=f"file:{quote(str(path.absolute()))}", query=how | {"uri": "true"})
+    return URL.create("sqlite", database=f"file:{quote(os.fsencode(path.absolute()))}", query=how | {"uri": "true"})
 
 
 def _configure(connection: sqlite3.Connection, _record: Any) -> None:

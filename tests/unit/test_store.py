@@ -3,6 +3,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import struct
@@ -19,6 +20,7 @@ from sqlalchemy import event
 from lightning_rl.episode import CallLink, Episode, EpisodeStart, Outcome, Reward, Sampling, Span, Task
 from lightning_rl.errors import EpisodeEnded, StoreError
 from lightning_rl.store import Store
+from lightning_rl.store.sqlite import BUSY_SECONDS
 from tests.unit.domain import make_call, make_start
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +52,8 @@ def full_call(**values):
             "experts": b"\x00\x01",
             "cached_tokens": 2,
             "restricted": ["grammar", "top_p"],
+            "entropies": [0.0, 1.0 - 2**-24],
+            "alternatives": [[(70_000, -0.25), (2**31 - 1, -math.inf)], []],
             "request": {"messages": [{"role": "user", "content": "héllo \ud83d"}]},
             "response": {"content": None, "tool_calls": [{"id": "x"}]},
             "started_at": 1.25,
@@ -179,6 +183,8 @@ def test_a_call_must_have_a_logprob_and_a_version_for_each_token(store):
     store.begin(make_start())
     with pytest.raises(StoreError, match="2 sampled ids, 1 log-probs and 2 versions"):
         store.add_call(full_call(logprobs=[-1.0]))
+    with pytest.raises(StoreError, match="alternatives of 1 tokens and 2 sampled ids"):
+        store.add_call(full_call(alternatives=[[]]))
 
 
 def test_lists_are_filtered_and_in_order(store):
@@ -260,7 +266,7 @@ def test_what_was_written_survives_kill_9(store_place):
             break
     writer.send_signal(signal.SIGKILL)
     acknowledged = [int(line) for line in writer.stdout if line.endswith("\n")]
-    writer.wait(timeout=10)
+    writer.wait(timeout=60)
     last = max(acknowledged, default=20)
     with Store.open(store_place) as store:
         indices = [call.index for call in store.episode("e").calls]
@@ -330,13 +336,14 @@ CREATE INDEX ix_rewards_episode_id ON rewards (episode_id);
 PRAGMA user_version = 2;
 """
 V1 = "ALTER TABLE calls DROP COLUMN relation; ALTER TABLE calls DROP COLUMN parted_at; PRAGMA user_version = 1;"
+SINCE_3 = ("restricted", "entropies", "alternatives")
 SAMPLING = '{"temperature":null,"top_p":null,"max_tokens":null,"seed":null}'
 
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_files_of_earlier_versions_are_brought_up_to_date(tmp_path, version):
     path = tmp_path / "episodes.db"
-    old = full_call(relation="root", parted_at=None, parent_id=None, restricted=[])
+    old = full_call(relation="root", parted_at=None, parent_id=None, restricted=[], entropies=[], alternatives=[])
     reward = Reward(episode_id="e", name="r", value=1.0, source="unknown")
     with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.executescript(V2_TABLES + (V1 if version == 1 else ""))
@@ -470,6 +477,41 @@ def test_looking_makes_nothing(tmp_path):
     (tmp_path / "episodes.db").touch()
     with pytest.raises(StoreError, match="there is no episode store at"):
         Store.open(tmp_path / "episodes.db", create=False)
+    with contextlib.closing(sqlite3.connect(tmp_path / "other.db")) as other:
+        other.execute("CREATE TABLE things (id)")
+    for place in (tmp_path / "episodes.db", tmp_path / "other.db"):
+        before = place.read_bytes()
+        for upgrade in (True, False):
+            with pytest.raises(StoreError, match="there is no episode store at"):
+                Store.open(place, create=False, upgrade=upgrade)
+        assert place.read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"episodes.db", "other.db"}
+
+
+@pytest.mark.parametrize("was_killed", [False, True])
+def test_who_looks_on_leaves_a_run_as_it_is(tmp_path, was_killed):
+    running, run = tmp_path / "running", tmp_path / "run"
+    running.mkdir()
+    with Store.open(running / "episodes.db") as store:
+        store.begin(make_start())
+        if was_killed:  # what was committed is beside the file
+            shutil.copytree(running, run)
+    if not was_killed:
+        shutil.copytree(running, run)
+    before = {path.name: path.read_bytes() for path in run.iterdir() if not path.name.endswith("-shm")}
+    assert (len(before) == 2) == was_killed
+    with Store.open(run / "episodes.db", create=False, upgrade=False) as looking:
+        assert looking.start_of("e") == make_start()
+        with pytest.raises(StoreError, match="readonly database"):
+            looking.begin(make_start("f"))
+    assert {path.name: path.read_bytes() for path in run.iterdir() if not path.name.endswith("-shm")} == before
+
+
+def test_who_looks_on_sees_what_a_live_run_writes(tmp_path):
+    path = tmp_path / "episodes.db"
+    with Store.open(path) as store, Store.open(path, create=False, upgrade=False) as looking:
+        store.begin(make_start())
+        assert looking.start_of("e") == make_start()
 
 
 def test_opening_a_file_waits_for_no_writer(tmp_path):
@@ -481,7 +523,7 @@ def test_opening_a_file_waits_for_no_writer(tmp_path):
         for create in (True, False):
             with Store.open(path, create=create) as store:
                 assert store.starts() == []
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < BUSY_SECONDS / 2
 
 
 @pytest.mark.parametrize("is_open", [False, True])
@@ -506,7 +548,8 @@ def test_a_file_of_an_earlier_version_must_be_opened_once_by_who_may_write_to_it
     with Store.open(path) as store:
         store.begin(make_start())
     with contextlib.closing(sqlite3.connect(path)) as connection:
-        connection.executescript("ALTER TABLE calls DROP COLUMN restricted; PRAGMA user_version = 3;")
+        connection.executescript("".join(f"ALTER TABLE calls DROP COLUMN {name};" for name in SINCE_3))
+        connection.execute("PRAGMA user_version = 3")
     path.chmod(0o444)
     with (
         as_nobody(tmp_path),

@@ -6,11 +6,9 @@ as it is, never left out. Pure.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from itertools import takewhile
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 from msgspec import Struct
 
@@ -28,27 +26,50 @@ class Message(Struct, frozen=True, kw_only=True):
     """Tool calls: name and arguments."""
 
 
+class Said(NamedTuple):
+    """What a request says."""
+
+    messages: int
+    """How many it has."""
+    news: list[Message]
+    """What no earlier call was asked or has answered; all of it if the call continues none of them."""
+
+
 class Conversations:
-    """The conversations of an episode's calls so far, to see what the next call adds to one of them."""
+    """The conversations of an episode's calls so far, to see what the next call adds to one of them.
+
+    They are a tree of messages, each with a number. Messages that several requests share as one object are read once.
+    """
 
     def __init__(self) -> None:
-        self._replies: dict[bytes, list[Message]] = {}
-        """By what had been said before, the replies to it."""
+        self._numbers: dict[Message, int] = {}
+        self._next: dict[tuple[int, int], int] = {}
+        """From a place in the tree, by the number of what is said there; 0 is where all begin."""
+        self._replies: dict[int, list[Message]] = {}
+        """By the place that they were given at."""
+        self._read: _Read = {}
 
-    def news(self, call: Call) -> list[Message]:
-        """What no earlier call was asked or has answered; all of it if the call continues none of them."""
-        messages = asked(call.request)
-        news, state = messages, hashlib.sha256()
+    def said(self, call: Call) -> Said:
+        messages = asked(call.request, self._read)
+        told, at = 0, 0
         for place, message in enumerate(messages, 1):
-            state.update(repr((message.role, message.text, message.tools)).encode(errors="backslashreplace"))
-            replies = self._replies.get(state.digest())
+            number = self._numbers.setdefault(message, len(self._numbers))
+            at = self._next.setdefault((at, number), len(self._next) + 1)
+            replies = self._replies.get(at)
             if replies is not None:
-                news = messages[place:]
-                thoughts = sum(1 for _ in takewhile(lambda message: message.role == "reasoning", news))
-                if news[thoughts : thoughts + 1] and news[thoughts] in replies:
-                    news = news[thoughts + 1 :]
-        self._replies.setdefault(state.digest(), []).append(replied(call))
-        return news
+                told = place
+                while told < len(messages) and messages[told].role == "reasoning":
+                    told += 1
+                told = told + 1 if told < len(messages) and messages[told] in replies else place
+        self._replies.setdefault(at, []).append(replied(call))
+        return Said(len(messages), messages[told:])
+
+
+def all_said(calls: Iterable[Call]) -> dict[str, Said]:
+    """By call id, beside those that began before it."""
+    conversations = Conversations()
+    ordered = sorted(calls, key=lambda call: (call.started_at, call.index, call.id))
+    return {call.id: conversations.said(call) for call in ordered}
 
 
 def replied(call: Call) -> Message:
@@ -56,23 +77,38 @@ def replied(call: Call) -> Message:
     return _chat({"role": "assistant"} | call.response)[0]
 
 
-def asked(request: dict[str, Any]) -> list[Message]:
-    """What the request of a call says, in order."""
+_Read = dict[tuple[int, str], tuple[Any, list[Message]]]
+"""Parts of requests and what they say, by the identity of their objects (kept, so that it stays theirs) and the reader."""
+
+
+def asked(request: dict[str, Any], known: _Read | None = None) -> list[Message]:
+    """What the request of a call says, in order. `known` is what was read before, and grows."""
+    known = {} if known is None else known
     if "messages" in request:
-        return [*_plain("system", request.get("system")), *_each(request["messages"], _chat)]
+        return [*_plain("system", request.get("system")), *_each(request["messages"], _chat, known)]
     if "input" in request:
-        return [*_plain("system", request.get("instructions")), *_merged(_each(request["input"], _item))]
-    return _each(request.get("prompt"), lambda text: _plain("user", text))
+        return [*_plain("system", request.get("instructions")), *_merged(_each(request["input"], _item, known))]
+    return _each(request.get("prompt"), _user, known)
 
 
-def _each(said: Any, read: Any) -> list[Message]:
+def _each(said: Any, read: Callable[[Any], list[Message]], known: _Read) -> list[Message]:
     if not isinstance(said, list):
         return _plain("user", said)
-    return [message for part in said for message in read(part)]
+    messages: list[Message] = []
+    for part in said:
+        entry = known.get(key := (id(part), read.__name__))
+        if entry is None:
+            entry = known[key] = (part, read(part))
+        messages += entry[1]
+    return messages
 
 
 def _plain(role: str, content: Any) -> list[Message]:
     return [Message(role=role, text=_text(content))] if content else []
+
+
+def _user(text: Any) -> list[Message]:
+    return _plain("user", text)
 
 
 def _chat(message: Any) -> list[Message]:
@@ -81,7 +117,11 @@ def _chat(message: Any) -> list[Message]:
         return _plain("?", message)
     content = message.get("content")
     parts = content if isinstance(content, list) else []
-    made = [*(message.get("tool_calls") or []), *(part for part in parts if _kind(part) == "tool_use")]
+    asked_for = message.get("tool_calls") or []
+    made = [
+        *(asked_for if isinstance(asked_for, list) else [asked_for]),
+        *(part for part in parts if _kind(part) == "tool_use"),
+    ]
     results = [Message(role="tool", text=_text(part.get("content"))) for part in parts if _kind(part) == "tool_result"]
     if parts:
         content = [part for part in parts if _kind(part) not in ("tool_use", "tool_result")]
@@ -140,8 +180,9 @@ def _text(content: Any) -> str:
 
 
 def _part(part: Any) -> str:
-    if isinstance(part, dict) and part.get("type") in {*_TEXTS, "summary_text"}:
-        return str(part.get(_TEXTS.get(part["type"], "text"), ""))
+    kind = _kind(part)
+    if isinstance(kind, str) and kind in {*_TEXTS, "summary_text"}:
+        return str(part.get(_TEXTS.get(kind, "text"), ""))
     return part if isinstance(part, str) else _json(part)
 
 

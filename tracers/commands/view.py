@@ -18,10 +18,10 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from lightning_rl.agents import root_agent
 from lightning_rl.episode import Call, Episode, Outcome, Reward, Span
-from lightning_rl.tool_uses import ToolUse, tool_uses
-from tracers.commands.conversation import Conversations, Message, replied
+from lightning_rl.episode_tree import episode_tree
+from lightning_rl.tool_uses import ToolUse
+from tracers.commands.conversation import Message, all_said, replied
 
 if TYPE_CHECKING:
     from lightning_rl.store import EpisodeSummary
@@ -96,32 +96,17 @@ def episode_view(episode: Episode) -> RenderableType:
 
 def _tree(episode: Episode) -> Tree:
     tree = Tree(Text(_totals(episode.calls)))
-    root = root_agent(episode.spans)
     number = {call.id: call.index for call in episode.calls}
-    spans = {span.id: span for span in episode.spans}
-    uses = {span_id: use for use in tool_uses(episode) for span_id in use.seen_by}
-    nodes: dict[str | None, Tree] = {}
-    events: list[Span | Call] = sorted(
-        [*episode.spans, *episode.calls], key=lambda event: (event.started_at, _depth(event))
-    )
-    conversations = Conversations()
-    for event in events:
-        if isinstance(event, Call):
-            place = nodes.get(event.span_id) or nodes.get(root.id if root else None, tree)
-            parent_call = number.get(event.parent_id or "")
-            place.add(Group(*_call(event, parent_call, conversations.news(event), episode.rewards)))
-        elif event.id not in nodes:  # all spans of one tool use are one line
-            use = uses.get(event.id)
-            shown = spans[use.span_id] if use and use.span_id else event
-            place = nodes.get(shown.parent_id) or nodes.get(event.parent_id, tree)
-            seen_by = use.seen_by if use else (event.id,)
-            nodes |= dict.fromkeys(seen_by, place.add(_span(shown, use, episode.rewards)))
+    places: dict[str | None, Tree] = {None: tree}
+    said = all_said(episode.calls)
+    for node in episode_tree(episode):
+        place = places[node.parent]
+        if isinstance(node.event, Call):
+            call = node.event
+            place.add(Group(*_call(call, number.get(call.parent_id or ""), said[call.id].news, episode.rewards)))
+        else:
+            places[node.event.id] = place.add(_span(node.event, node.use, episode.rewards))
     return tree
-
-
-def _depth(event: Span | Call) -> int:
-    """Of what began at the same moment, spans come before the calls made in them."""
-    return 0 if isinstance(event, Span) else 1
 
 
 def _span(span: Span, use: ToolUse | None, rewards: Iterable[Reward]) -> RenderableType:

@@ -146,9 +146,16 @@ def credit_report(
     """
     rollouts = {name: rollouts_of(recipe, members) for name, members in groups_of(episodes).items()}
     members = rollouts[group]
-    own_calls = {call.id for rollout in members for call in rollout.episode.calls}
     own = credit_by(recipe, rollouts)
     others = [own if rule == own.rule else credit_by(recipe, rollouts, rule) for rule in rules]
+    return group_report(recipe, group, members, own, others)
+
+
+def group_report(
+    recipe: Recipe, group: str, members: Sequence[Rollout], own: RuleCredit, others: Sequence[RuleCredit]
+) -> GroupReport:
+    """A group of the step that was credited so."""
+    own_calls = {call.id for rollout in members for call in rollout.episode.calls}
 
     def of_group(credit: RuleCredit) -> RuleCredit:
         calls = {id: given for id, given in credit.calls.items() if id in own_calls}

@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("trainers.cli", "train the policy of an agent by a recipe, or resume a run"),
     "eval": ("trainers.cli", "measure a policy on a recipe's held-out tasks"),
     "export": ("trainers.cli", "write a run's policy as a Hugging Face checkpoint"),
+    "ui": ("trainers.viewer.command", "look at runs in a browser: curves, episodes, tokens, credit"),
     "credit": ("trainers.cli", "show which call gets what, by the run's rule and by others"),
     "serve": ("rollout_server.cli", "serve a model over the OpenAI API"),
     "bench": ("rollout_server.cli", "measure the rollout engine beside its peers and against the machine"),
@@ -34,6 +35,7 @@ Train the agent you have:
   lrl train recipes/calculator.yaml                  a complete example; see docs/quickstart.md for your own
   lrl train recipe.yaml train.steps=20 seed=1        any field of the recipe, overridden
   lrl train --resume runs/calculator                 go on after an interruption
+  lrl ui runs/calculator                             look at it in a browser, while it runs and afterwards
 
 `lrl COMMAND --help` explains a command."""
 

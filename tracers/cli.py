@@ -22,11 +22,13 @@ Look at recorded episodes. RUN is a run's directory, or an episode database: a f
   lrl traces show runs/calculator/latest                 the episode that started last
   lrl traces show runs/calculator/latest train.3.train-0007.2.0
   lrl traces export runs/calculator/latest --out traces.parquet
-  lrl traces import traces.parquet --out all.db"""
+  lrl traces import traces.parquet --out all.db
+  lrl traces html runs/calculator/latest --out calculator.html"""
 ACTIONS: dict[str, tuple[str, str]] = {
     "export": ("tracers.commands.export", "write episodes into a trace file, to keep or to take elsewhere"),
     "import": ("tracers.commands.import_", "add the episodes of a trace file to an episode database"),
     "replay": ("trainers.replay", "reward, credit and train on recorded episodes once more"),
+    "html": ("trainers.viewer.export", "write episodes into one page that any browser opens"),
     "otlp": ("tracers.commands.otlp", "send episodes to an OpenTelemetry collector, or write them as OTLP"),
 }
 """Of further actions: the module, with `configure(parser)` and `run(options)`, cheap to import; and the help line."""

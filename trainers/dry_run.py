@@ -7,19 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from msgspec import Struct
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from lightning_rl.algorithms.formula import Part, formula
+from lightning_rl.algorithms.formula import Part
 from lightning_rl.credit import WITH_CRITIC
 from lightning_rl.recipe import Recipe, load_recipe
 from tracers.commands.view import safe
 from trainers.learning import credit_rule
 from trainers.needs import critic, needs
+from trainers.objective import objective
 from trainers.rollouts import load_tasks
 
 
@@ -47,7 +47,7 @@ def dry_run(recipe_path: Path, overrides: Sequence[str]) -> int:
 
 def plan(recipe: Recipe, tasks: Mapping[str, int]) -> Plan:
     """`tasks`: rows by split."""
-    train, chosen = recipe.train, recipe.train.credit
+    train = recipe.train
     facts = [
         ("run", f"{recipe.name}, in {Path(recipe.runs_dir, recipe.name)}/<time>/"),
         ("model", _model(recipe)),
@@ -61,16 +61,7 @@ def plan(recipe: Recipe, tasks: Mapping[str, int]) -> Plan:
         ("learning rate", f"{train.learning_rate:g}, {train.lr_schedule}" + _warmup(train.warmup_steps)),
         ("evaluation", _evaluation(recipe)),
     ]
-    arguments: dict[str, Any] = chosen.arguments if chosen else {}
-    head = critic(recipe)
-    objective = formula(
-        train.objective.settings(),
-        recipe.train.rule,
-        arguments,
-        critic=head.coefficient if head else None,
-        length=recipe.sampling.max_tokens,
-    )
-    return Plan(facts=facts, objective=objective)
+    return Plan(facts=facts, objective=objective(recipe))
 
 
 def plan_view(planned: Plan) -> Group:

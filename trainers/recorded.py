@@ -42,7 +42,7 @@ def open_recorded(source: str) -> Iterator[Recorded]:
     if "://" in source or source.startswith("${") or _is_database(path):
         with Store.open(store_of(source), create=False) as store:
             yield Recorded(store, None)
-    elif path.is_file():
+    elif is_trace_file(source):
         from lightning_rl.trace_file import import_traces
 
         with (
@@ -55,6 +55,12 @@ def open_recorded(source: str) -> Iterator[Recorded]:
         run = open_run(path)
         with Store.open(store_of(run.path), create=False) as store:
             yield Recorded(store, run)
+
+
+def is_trace_file(source: str) -> bool:
+    """Or a file that is nothing of ours at all."""
+    path = Path(source)
+    return "://" not in source and not source.startswith("${") and path.is_file() and not _is_database(path)
 
 
 def _is_database(path: Path) -> bool:

@@ -67,6 +67,7 @@ def _drive(recipe: Recipe, run: RunDirectory, splits: Mapping[str, list[dict[str
     signal.signal(signal.SIGTERM, _as_interrupt)
     with run.lock(), Console() as console:
         console.say(f"run directory: {os.path.relpath(run.path)}")
+        console.say(f"look at it: lrl ui {os.path.relpath(run.path)}")
         try:
             _stages(recipe, run, splits, console)
         except KeyboardInterrupt:
@@ -205,6 +206,7 @@ def _finish(
     total = duration(sum(session.seconds.values()))
     console.say(f"done in {total}: {', '.join(f'{k} {v:.0f} s' for k, v in session.seconds.items())}")
     console.say(f"curve: {where}/curve.png    figures: {where}/summary.json    steps: {where}/metrics.jsonl")
+    console.say(f"look at it:        lrl ui {where}")
     console.say(f"look at episodes:  lrl traces list {where}")
     console.say(f"take the policy:   lrl export {where} --out policy")
     console.say(f"measure it again:  lrl eval {where}")
@@ -225,7 +227,7 @@ def evaluate_policy(target: Path, overrides: Sequence[str], policy: str | None) 
     tasks = as_tasks(load_tasks(recipe)["eval"])
     scratch = create_run(Path(recipe.runs_dir), f"{recipe.name}-eval")
     scratch.recipe.write_text(recipe.to_yaml())
-    with Console() as console, open_session(recipe, scratch, console) as session:
+    with scratch.lock(), Console() as console, open_session(recipe, scratch, console) as session:
         if weights is not None:
             session.server.admin().update_weights(weights.resolve(), 1)
         result = session.evaluate("eval", eval_starts(recipe, tasks, "eval"))

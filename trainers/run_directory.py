@@ -16,6 +16,8 @@ from typing import IO, Any
 
 from lightning_rl.errors import ResumeError
 
+LOCK_PATIENCE_S = 1.0
+
 
 @dataclass(frozen=True)
 class RunDirectory:
@@ -66,14 +68,21 @@ class RunDirectory:
         return self.path / "logs"
 
     def lock(self) -> IO[str]:
-        """Held until the returned file is closed. Raises ResumeError when another process holds it."""
+        """Held until the returned file is closed. Raises ResumeError when another process holds it for longer than the moment that
+        looking whether it is held takes (`viewer.runs.is_held`)."""
         file = (self.path / ".lock").open("w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise ResumeError(f"{self.path} is in use by another lrl process", hint="wait for it, or stop it") from None
-        return file
+        deadline = time.monotonic() + LOCK_PATIENCE_S
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return file
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    file.close()
+                    raise ResumeError(
+                        f"{self.path} is in use by another lrl process", hint="wait for it, or stop it"
+                    ) from None
+            time.sleep(0.02)
 
 
 def create_run(runs_dir: Path, name: str) -> RunDirectory:

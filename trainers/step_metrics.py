@@ -69,6 +69,7 @@ def step_metrics(
             "published_max": gap.largest,
             "by_version": _means(sums, "version_gap/", "version_tokens/"),
         },
+        "staleness": _staleness(data, version - 1),
         "length": {
             "sampled_per_call": sum(sampled) / max(len(sampled), 1),
             "sampled_per_episode": sum(sampled) / max(len(data.episodes), 1),
@@ -109,6 +110,15 @@ def _returns(data: StepData) -> dict[str, float]:
         "mean": statistics.fmean(data.returns[episode.id] for episode in counted) if counted else 0.0,
         "std": statistics.fmean(_std(values) for values in by_group.values()) if by_group else 0.0,
     }
+
+
+def _staleness(data: StepData, played: int) -> dict[str, float | None]:
+    """Of the learner's tokens: how many versions older than the policy that played the step the one that sampled them is."""
+    learners = {t.call_id for t in data.transitions if t.masked not in NOT_OF_THE_LEARNER}
+    calls = (call for episode in data.counted for call in episode.calls if call.id in learners)
+    ages = Counter(played - version for call in calls for version in call.versions)
+    mean = sum(age * count for age, count in ages.items()) / ages.total() if ages else None
+    return {"mean": mean, "max": max(ages, default=None)}
 
 
 def _std(values: list[float]) -> float:

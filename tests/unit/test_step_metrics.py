@@ -99,6 +99,19 @@ def test_means_over_no_tokens_are_unknown_and_rollouts_of_others_have_no_return(
     assert figures["returns"]["mean"] == 0.5
 
 
+def test_staleness_is_counted_from_the_policy_that_played_the_step_over_the_learners_tokens(tmp_path):
+    recipe = make_recipe(tmp_path, train={"steps": 3})
+    group = [
+        rollout("a0", "a", 1.0, [(1, 2)], versions=[4, 4]),
+        rollout("a1", "a", 0.0, [(1, 2)], versions=[2, 4]),
+        rollout("a2", "a", 5.0, model="other", upstream="x", versions=[0, 0]),
+    ]
+    data, gap, seconds = learn_from(recipe, group), Gap(mean=0.0, largest=0.0, tokens=4), {"rollout": 1.0, "train": 1.0}
+    assert step_metrics(recipe, data, {}, gap, 5, 0.0, seconds)["staleness"] == {"mean": 0.5, "max": 2}
+    nothing = learn_from(recipe, group[2:])
+    assert step_metrics(recipe, nothing, {}, gap, 5, 0.0, seconds)["staleness"] == {"mean": None, "max": None}
+
+
 def explained(targets, values):
     def variance(numbers):
         return sum(n * n for n in numbers) / len(numbers) - (sum(numbers) / len(numbers)) ** 2

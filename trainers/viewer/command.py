@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import sys
+import threading
 import webbrowser
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -72,7 +73,8 @@ def run(options: argparse.Namespace) -> int:
         console = Console(highlight=False, soft_wrap=True)
 
         def started() -> None:
-            console.print(f"[bold]{shelf.where or 'runs'}[/bold] at", markup=True)
+            console.print(shelf.where or "runs", style="bold", end=" ", markup=False)
+            console.print("at")
             for each in links:
                 console.print(f"  {each}", markup=False)
             if not page_files.is_built():
@@ -83,6 +85,11 @@ def run(options: argparse.Namespace) -> int:
 
         is_kept = options.run is None or not is_trace_file(options.run)
         library = Library(shelf, cache_folder() if is_kept else None)
+        page_files.prepare()
+        if shelf.chosen is not None:  # while the browser starts
+            threading.Thread(
+                target=library.open_early, args=(shelf.chosen,), name="lrl-viewer-early", daemon=True
+            ).start()
         serve(build_app(library, Access(options.host, port, token)), listener, started, library.stop)
     end_if_busy()
     return 0

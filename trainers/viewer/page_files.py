@@ -33,6 +33,13 @@ def is_built(folder: Path = FOLDER) -> bool:
     return all((folder / name).is_file() for name in KINDS)
 
 
+def prepare(folder: Path = FOLDER) -> None:
+    """Read and pack them before somebody waits."""
+    if is_built(folder):
+        for name in KINDS:
+            page_file(folder, name)
+
+
 def page_file(folder: Path, name: str) -> PageFile:
     """As it is now: it may be built anew while the viewer runs. Raises OSError."""
     path = folder / name

@@ -27,6 +27,8 @@ from trainers.viewer.index.words import LONGEST_TEXT, Read, read
 
 EARLY = 100
 """So many of the latest are to be had before all are known."""
+_EARLY_S = 0.8
+"""For so long a browser that was given those has the machine for itself, to show them."""
 _PIECE = 5000
 _BURST_EPISODES, _BURST_CALLS = 16, 200
 _KEPT_S, _KEPT = 1.0, 1000
@@ -147,6 +149,7 @@ class Reader:
             self._list(self._store.read(lambda connection: latest(connection, EARLY)), early)
             self.early = early
             self.has_early.set()
+            self._stopped.wait(_EARLY_S)
         with self._refreshing:
             self._catch_up()
         if not self._stopped.is_set():

@@ -2,7 +2,7 @@ import { Anchor, Button, Group, Text as Paragraph, Stack } from "@mantine/core";
 import { IconArrowRight } from "@tabler/icons-react";
 import { href, withQuery } from "../address";
 import { relationSentence, replyWords } from "../episode/words";
-import type { CallCredit, EpisodeView, GroupReport } from "../records";
+import type { CallCredit, EpisodeView, GroupReport, RuleCredit } from "../records";
 import { number, signed } from "../shared/format";
 import { maskSentence } from "../shared/masks";
 import { Visible } from "../shared/written";
@@ -52,24 +52,29 @@ function ChosenRollout({ run, report, others, line }: Props & { line: Line & { k
           : `${number(Math.abs(apart))} ${apart > 0 ? "above" : "below"} the group's mean.`}
       </Paragraph>
       <Named where="earned at no call" rewards={rollout.outcome_rewards} />
-      <table className={styles.judged}>
-        <tbody>
-          {[{ rule: report.own.rule, credit: report.own, missing: report.own.unknown }, ...others].map((column) => (
-            <tr key={column.rule}>
-              <th scope="row">{column.rule.slice(0, 60)}</th>
-              <td>
-                {column.credit && !column.missing ? rolloutWords(line, column) : column.missing || "being computed"}
-              </td>
-            </tr>
-          ))}
-        </tbody>
-      </table>
+      <Judged report={report} others={others} say={(credit) => rolloutWords(line, credit)} />
     </Stack>
   );
 }
 
-function rolloutWords({ rollout }: Line, { credit }: Column): string {
-  if (credit === null) return "";
+/** What each rule says of it, the run's own first. */
+function Judged({ report, others, say }: Pick<Props, "report" | "others"> & { say: (credit: RuleCredit) => string }) {
+  const own = { rule: report.own.rule, credit: report.own, missing: report.own.unknown };
+  return (
+    <table className={styles.judged}>
+      <tbody>
+        {[own, ...others].map(({ rule, credit, missing }) => (
+          <tr key={rule}>
+            <th scope="row">{rule.slice(0, 60)}</th>
+            <td>{missing || (credit ? say(credit) : "being computed")}</td>
+          </tr>
+        ))}
+      </tbody>
+    </table>
+  );
+}
+
+function rolloutWords({ rollout }: Line, credit: RuleCredit): string {
   const { advantage, trained } = ofRollout(rollout, credit);
   if (advantage === null) return "none of its calls is trained on";
   const tokens = tokensOf(rollout, credit);
@@ -102,19 +107,7 @@ function ChosenCall({ run, report, others, line }: Props & { line: Line & { kind
         </div>
       )}
       <Named where="earned here" rewards={call.rewards} />
-      <table className={styles.judged}>
-        <tbody>
-          {[{ rule: report.own.rule, credit: report.own, missing: report.own.unknown }, ...others].map((column) => (
-            <tr key={column.rule}>
-              <th scope="row">{column.rule.slice(0, 60)}</th>
-              <td>
-                {column.missing ||
-                  (column.credit ? callWords(column.credit.calls[call.id], call.sampled) : "being computed")}
-              </td>
-            </tr>
-          ))}
-        </tbody>
-      </table>
+      <Judged report={report} others={others} say={(credit) => callWords(credit.calls[call.id], call.sampled)} />
     </Stack>
   );
 }

@@ -17,8 +17,9 @@ import { interval, measured, StateBadge } from "./state";
 export function RunPage({ run }: { run: string }) {
   const [live, setLive] = useState(true);
   const answer = useAnswer<RunDetail>(ofRun(run), {}, { every: live ? 2_000 : 15_000 });
-  const running = answer.data?.entry.state === "running";
-  if (answer.data && running !== live) setLive(running);
+  const state = answer.data?.entry.state;
+  const going = state === "running" || state === "stopped"; // it may have begun just now, or be resumed
+  if (answer.data && going !== live) setLive(going);
   return (
     <Answered answer={answer}>
       {(detail) =>
